@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"go.yaml.in/yaml/v3"
 )
@@ -48,7 +49,17 @@ func (d *decoder) decode(text []byte, v any) {
 
 func (d *decoder) fault(line int, key, format string, args ...any) {
 	d.bad[key] = true
-	d.problems = append(d.problems, Problem{d.file, line, key, fmt.Sprintf(format, args...)})
+	d.problems = append(d.problems, Problem{d.file, line, key, printable(fmt.Sprintf(format, args...))})
+}
+
+// printable keeps what a file holds from speaking to the terminal.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return unicode.ReplacementChar
+		}
+		return r
+	}, s)
 }
 
 // line returns where the key path stands; for a missing key, its nearest parent.
@@ -91,6 +102,10 @@ func (d *decoder) parse(text []byte) *yaml.Node {
 		d.fault(1, "", "starts with a byte order mark: save the file as plain UTF-8")
 		return nil
 	}
+	if i := bytes.IndexFunc(text, isControl); i >= 0 {
+		d.fault(1+bytes.Count(text[:i], []byte("\n")), "", "holds the control character %q", text[i])
+		return nil
+	}
 	dec := yaml.NewDecoder(bytes.NewReader(text))
 	var doc yaml.Node
 	if err := dec.Decode(&doc); err != nil {
@@ -106,6 +121,10 @@ func (d *decoder) parse(text []byte) *yaml.Node {
 		return nil
 	}
 	return doc.Content[0]
+}
+
+func isControl(r rune) bool {
+	return r < ' ' && r != '\n' && r != '\t' && r != '\r' || r == 0x7f
 }
 
 var yamlLine = regexp.MustCompile(`^(?:yaml: )?(?:unmarshal errors:\s*)?(?:line (\d+): )?`)
@@ -385,7 +404,12 @@ func describe(n *yaml.Node) string {
 	return fmt.Sprintf("%.60q", n.Value)
 }
 
+var plainName = regexp.MustCompile(`^[A-Za-z0-9_*-]{1,64}$`)
+
 func join(key, name string) string {
+	if !plainName.MatchString(name) {
+		name = fmt.Sprintf("%.64q", name)
+	}
 	if key == "" {
 		return name
 	}
