@@ -46,13 +46,23 @@ func (s *Server) Admit(ctx context.Context, c tunnel.ServerConn) (released func(
 
 var errOvertaken = errors.New("decisions are overtaken by changes again and again")
 
+// admitError refuses a connection: with a code where the carrier has one, with
+// the whole refusal where it answers a request instead.
 func admitError(e *sallyport.Error) error {
 	code := uint64(connect.CodeSessionRevoked)
 	if e.Outcome == sallyport.OutcomeUnavailable {
 		code = connect.CodePolicyStale
 	}
-	return &tunnel.AdmitError{Code: code, Reason: e.Message}
+	return &notAdmitted{tunnel.AdmitError{Code: code, Reason: e.Message}, e}
 }
+
+type notAdmitted struct {
+	admit   tunnel.AdmitError
+	refusal *sallyport.Error
+}
+
+func (e *notAdmitted) Error() string   { return e.refusal.Error() }
+func (e *notAdmitted) Unwrap() []error { return []error{&e.admit, e.refusal} }
 
 // Connect implements tunnel.Handler: the life of one flow.
 func (s *Server) Connect(ctx context.Context, st tunnel.ServerStream) {
@@ -179,7 +189,7 @@ func (s *Server) denial(g *grant, d sallyport.Decision) *sallyport.Error {
 // dial dials and prefers the reason of a withdrawal to that of the failed dial
 // that it caused.
 func (s *Server) dial(ctx context.Context, g *grant, u sallyport.Upstream) (relay.Conn, *sallyport.Error) {
-	up, err := s.dialer.Dial(ctx, u)
+	up, err := s.dialUpstream(ctx, u)
 	if err == nil {
 		return up, nil
 	}

@@ -15,6 +15,7 @@ import (
 	"sallyport"
 	"sallyport/gateway/upstream"
 	"sallyport/internal/logging"
+	"sallyport/internal/relay"
 	"sallyport/proto/connect"
 	"sallyport/tunnel"
 )
@@ -56,6 +57,8 @@ type Server struct {
 	hub    hub
 	guard  *upstream.Guard
 	dialer *upstream.Dialer
+	// dialUpstream is dialer.Dial, replaced in tests that have no network.
+	dialUpstream func(context.Context, sallyport.Upstream) (relay.Conn, error)
 
 	hosts      map[string]host // by name, lower case; fixed by New
 	handshakes *budget
@@ -96,6 +99,7 @@ func New(cfg Config, deps Deps) (*Server, error) {
 		hosts:      make(map[string]host),
 		handshakes: newBudget(limits.Handshakes),
 	}
+	s.dialUpstream = s.dialer.Dial
 	return s, nil
 }
 
