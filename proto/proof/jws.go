@@ -111,7 +111,7 @@ func Verify(jws, typ string, payload any) (Key, error) {
 	if err != nil {
 		return Key{}, fmt.Errorf("%w: %w", ErrInvalid, err)
 	}
-	if err := strictjson.Unmarshal(body, payload); err != nil {
+	if err := decodeStrict(body, payload); err != nil {
 		return Key{}, fmt.Errorf("%w: payload: %w", ErrInvalid, err)
 	}
 	return key, nil
@@ -129,7 +129,7 @@ func checkHeader(jws, typ string) error {
 		return fmt.Errorf("header: %w", err)
 	}
 	var members map[string]json.RawMessage
-	if err := strictjson.Unmarshal(raw, &members); err != nil {
+	if err := decodeStrict(raw, &members); err != nil {
 		return fmt.Errorf("header: %w", err)
 	}
 	var got string
@@ -140,6 +140,16 @@ func checkHeader(jws, typ string) error {
 		return errors.New("header: wants alg, typ and jwk only")
 	}
 	return nil
+}
+
+// decodeStrict refuses duplicate keys and keys in another case, which
+// encoding/json lets pass, and before that nesting beyond encoding/json's limit,
+// which the strict decoder does not have.
+func decodeStrict(data []byte, v any) error {
+	if !json.Valid(data) {
+		return errors.New("not JSON")
+	}
+	return strictjson.Unmarshal(data, v)
 }
 
 // deviceSigner lets go-jose sign with a key that it never sees.
