@@ -23,11 +23,20 @@ const (
 	KindConfig        Kind = "config"         // Config, id = "current"
 	KindTrust         Kind = "trust"          // Trust, id = "current"
 	KindRecord        Kind = "record"         // external data for the policy, id = type/id
+	KindLease         Kind = "lease"          // who holds a lease, id = its name; written by Lease alone, never streamed
+	KindAuditHead     Kind = "audit_head"     // the last signed head of a daemon's audit chain, id = daemon; never streamed
 )
 
 // Streamed reports whether records of the kind may leave cached in a watch.
-// Secrets may not (DESIGN section 5: gateways and policyd hold no token).
-func (k Kind) Streamed() bool { return k != KindIDPToken && k != KindCode }
+// Secrets may not (DESIGN section 5: gateways and policyd hold no token), and
+// housekeeping has no readers.
+func (k Kind) Streamed() bool {
+	switch k {
+	case KindIDPToken, KindCode, KindLease, KindAuditHead:
+		return false
+	}
+	return true
+}
 
 // Revision orders everything that ever changed in one epoch of a store. It
 // starts at 1; a batch has one revision. 0 means "before everything".
@@ -111,7 +120,7 @@ const (
 	WatchBegin     WatchEventType = iota + 1 // a snapshot starts: Epoch, Revision
 	WatchItems                               // part of a snapshot: Records, live ones only
 	WatchEnd                                 // the snapshot is complete: Revision, Count of its records
-	WatchChange                              // one batch: Revision, Records (tombstones included)
+	WatchChange                              // one batch: Revision, Records (tombstones included); catching up, several merged
 	WatchHeartbeat                           // each second: Revision reached; nothing below it is missing
 )
 

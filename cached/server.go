@@ -1,0 +1,216 @@
+package cached
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"sallyport"
+	"sallyport/internal/logging"
+)
+
+// Deps is what a Server works with.
+type Deps struct {
+	// Store is the engine, opened; whoever opened it closes it, after Run.
+	// Required.
+	Store Store
+	// MACKey is the key of the rows' codes, KeySize bytes. Rows written under
+	// another key read as missing. Required.
+	MACKey []byte
+	// Audit gets every change before it is made; nil: changes are not audited.
+	Audit sallyport.Auditor
+	// Log; nil: nothing is logged.
+	Log logging.Logger
+	// Now is the clock that decides what has expired; nil: time.Now.
+	Now func() time.Time
+}
+
+// Server implements sallyport.Records, sallyport.Lister and sallyport.Revoker.
+type Server struct {
+	store Store
+	seal  *sealer
+	audit sallyport.Auditor
+	log   logging.Logger
+	now   func() time.Time
+	epoch sallyport.Epoch
+
+	queue queue
+	feed  *feed
+
+	// ended is closed with reason set, once, when the server takes no more
+	// requests: it was closed or its store broke.
+	ended   chan struct{}
+	endOnce sync.Once
+	reason  atomic.Pointer[sallyport.Error]
+
+	purge purgeClock // touched by Run alone
+}
+
+// New returns a server over the store. It answers at once; Run sweeps what has
+// expired.
+func New(cfg Config, deps Deps) (*Server, error) {
+	if err := cfg.Validate().Err(); err != nil {
+		return nil, err
+	}
+	if deps.Store == nil {
+		return nil, errors.New("cached: no store")
+	}
+	if len(deps.MACKey) != KeySize {
+		return nil, fmt.Errorf("cached: the key of the records has %d bytes, want %d", len(deps.MACKey), KeySize)
+	}
+	state, err := deps.Store.State(context.Background())
+	if err != nil {
+		return nil, fmt.Errorf("cached: %w", err)
+	}
+	s := &Server{
+		store: deps.Store,
+		seal:  newSealer(deps.MACKey),
+		audit: deps.Audit,
+		log:   deps.Log,
+		now:   deps.Now,
+		epoch: state.Epoch,
+		feed:  newFeed(state.Revision),
+		ended: make(chan struct{}),
+	}
+	s.queue.busy = make(chan struct{}, 1)
+	s.queue.revision = state.Revision
+	if s.log == nil {
+		s.log = logging.Discard()
+	}
+	if s.now == nil {
+		s.now = time.Now
+	}
+	return s, nil
+}
+
+// Run sweeps expired records and old tombstones until ctx ends (nil) or the
+// store breaks (its error). The server takes no requests afterwards: waiting
+// watches end, writes under way are finished first.
+func (s *Server) Run(ctx context.Context) error {
+	defer s.Close()
+	tick := time.NewTicker(sweepEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-s.ended:
+			if e := s.reason.Load(); e.Code == codeBroken {
+				return e
+			}
+			return nil
+		case <-tick.C:
+			s.sweep(ctx)
+		}
+	}
+}
+
+// Close ends waiting watches and refuses further requests; it returns once no
+// write is under way. It does not close the store.
+func (s *Server) Close() error {
+	s.end(&sallyport.Error{
+		Outcome: sallyport.OutcomeUnavailable,
+		Code:    "storage.closed",
+		Message: "the record store is shutting down",
+	})
+	s.queue.busy <- struct{}{}
+	<-s.queue.busy
+	return nil
+}
+
+// Ready returns nil while the server takes requests.
+func (s *Server) Ready() error {
+	if e := s.reason.Load(); e != nil {
+		return e
+	}
+	return nil
+}
+
+const codeBroken = "storage.failed"
+
+// end lets e be the answer to everything from now on.
+func (s *Server) end(e *sallyport.Error) {
+	s.endOnce.Do(func() {
+		s.reason.Store(e)
+		close(s.ended)
+	})
+}
+
+// check passes err on, and ends the server if the store broke.
+func (s *Server) check(err error) error {
+	if err == nil || !errors.Is(err, ErrBroken) {
+		return err
+	}
+	e := &sallyport.Error{
+		Outcome: sallyport.OutcomeUnavailable,
+		Code:    codeBroken,
+		Message: "the record store failed",
+		Hint:    "check the disk, then start cached again: everything acknowledged is on it",
+		Err:     err,
+	}
+	s.log.Error("store failed", "error", err)
+	s.end(e)
+	return e
+}
+
+// Get implements sallyport.Records.
+func (s *Server) Get(ctx context.Context, kind sallyport.Kind, id string) (sallyport.Record, error) {
+	if err := s.Ready(); err != nil {
+		return sallyport.Record{}, err
+	}
+	row, err := s.store.Get(ctx, kind, id)
+	if err == nil && !s.live(&row, s.now()) {
+		err = sallyport.ErrNotFound
+	}
+	if err != nil {
+		return sallyport.Record{}, fmt.Errorf("get %s: %w", kind, s.check(err))
+	}
+	return row.Record, nil
+}
+
+// List implements sallyport.Lister. Kinds that are never streamed are refused.
+func (s *Server) List(ctx context.Context, kind sallyport.Kind) ([]sallyport.Record, error) {
+	if err := s.Ready(); err != nil {
+		return nil, err
+	}
+	if !validKind(kind) || !kind.Streamed() {
+		return nil, refuse("%q is not a kind that can be listed", kind)
+	}
+	list := []sallyport.Record{}
+	now := s.now()
+	err := s.store.Scan(ctx, []sallyport.Kind{kind},
+		func(State) error { return nil },
+		func(row Row) error {
+			if s.live(&row, now) {
+				list = append(list, row.Record)
+			}
+			return nil
+		})
+	if err != nil {
+		return nil, fmt.Errorf("list %s: %w", kind, s.check(err))
+	}
+	return list, nil
+}
+
+// live reports whether the row is a record that counts: neither deleted nor
+// expired, and as it was written.
+func (s *Server) live(row *Row, now time.Time) bool {
+	return s.trusted(row) && !row.Deleted && !expired(&row.Record, now)
+}
+
+// trusted reports whether the row is as it was written. One that is not counts
+// as missing everywhere: what cannot be proved authorises nobody.
+func (s *Server) trusted(row *Row) bool {
+	if s.seal.genuine(row) {
+		return true
+	}
+	id := row.ID
+	if !row.Kind.Streamed() {
+		id = "[redacted]" // the id of a code may be a secret
+	}
+	s.log.Warn("stored record does not verify, it counts as missing", "kind", row.Kind, "id", id, "revision", uint64(row.Revision))
+	return false
+}

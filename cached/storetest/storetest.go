@@ -1,0 +1,68 @@
+// Package storetest is the conformance suites of the record store: [Store] for
+// the engines under a cached.Server and [Records] for what its users see,
+// whether they hold the server itself or a client that reaches it over the
+// wire. Both need a real implementation and prove behaviour only through its
+// interface.
+package storetest
+
+import (
+	"context"
+	"crypto/rand"
+	"testing"
+
+	"sallyport"
+	"sallyport/cached"
+	"sallyport/cached/memory"
+)
+
+// API is everything that users of the record store call.
+type API interface {
+	sallyport.Records
+	sallyport.Lister
+	sallyport.Revoker
+}
+
+// Serve returns a server over the store, running until the test ends. A nil
+// store is an empty one in memory.
+func Serve(t testing.TB, store cached.Store) *cached.Server {
+	t.Helper()
+	if store == nil {
+		store = memory.New()
+	}
+	return Run(t, cached.Deps{Store: store, MACKey: Key()})
+}
+
+// Run returns a server with these parts, running until the test ends.
+func Run(t testing.TB, deps cached.Deps) *cached.Server {
+	t.Helper()
+	s, err := cached.New(cached.Config{}, deps)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("cached.Server.Run: %v", err)
+		}
+	})
+	return s
+}
+
+// Key returns a fresh key for the rows' codes.
+func Key() []byte {
+	key := make([]byte, cached.KeySize)
+	rand.Read(key)
+	return key
+}
+
+// Records runs the suite of sallyport.Records, Lister and Revoker. open returns
+// an implementation over an empty, running store of its own, which lives until
+// the (sub)test ends.
+func Records(t *testing.T, open func(t *testing.T) API) {
+	for _, c := range recordsCases {
+		t.Run(c.name, func(t *testing.T) { c.run(t, open(t)) })
+	}
+}

@@ -1,0 +1,112 @@
+package cached
+
+import (
+	"context"
+	"time"
+
+	"sallyport"
+)
+
+const (
+	sweepEvery = time.Second
+	sweepMax   = 1_000 // records of one batch
+
+	// Tombstones are kept for tombstoneAge, in steps of purgeEvery: a watch that
+	// was away for less can catch up.
+	tombstoneAge = time.Hour
+	purgeEvery   = 10 * time.Minute
+	purgeMax     = 5_000 // tombstones at once
+)
+
+// sweep does a second's housekeeping. Its failures are not its callers': the
+// next second tries again.
+func (s *Server) sweep(ctx context.Context) {
+	if err := s.sweepExpired(ctx); err != nil && ctx.Err() == nil {
+		s.log.Warn("expired records are not swept", "error", err)
+	}
+	if err := s.sweepTombstones(ctx); err != nil && ctx.Err() == nil {
+		s.log.Warn("tombstones are not purged", "error", err)
+	}
+	if err := s.check(s.store.Maintain(ctx)); err != nil && ctx.Err() == nil {
+		s.log.Warn("store is not maintained", "error", err)
+	}
+}
+
+// sweepExpired turns records that have ended into tombstones, so that watches
+// hear of it and the store does not grow.
+func (s *Server) sweepExpired(ctx context.Context) error {
+	for ctx.Err() == nil {
+		rows, err := s.store.Expired(ctx, s.now(), sweepMax)
+		if err != nil {
+			return s.check(err)
+		}
+		if len(rows) == 0 {
+			return nil
+		}
+		j := &job{why: "expired", plan: func(v *view) ([]sallyport.Op, error) { return v.stillThere(rows) }}
+		if _, err := s.submit(ctx, j); err != nil {
+			return err
+		}
+		if len(rows) < sweepMax {
+			return nil
+		}
+	}
+	return nil
+}
+
+// stillThere returns the deletion of those rows that nobody wrote meanwhile.
+func (v *view) stillThere(rows []Row) ([]sallyport.Op, error) {
+	var ops []sallyport.Op
+	for i := range rows {
+		now, err := v.get(key{rows[i].Kind, rows[i].ID})
+		if err != nil {
+			return nil, err
+		}
+		if now != nil && !now.Deleted && now.Revision == rows[i].Revision {
+			ops = append(ops, sallyport.Op{Kind: now.Kind, ID: now.ID, Delete: true})
+		}
+	}
+	return ops, nil
+}
+
+// purgeClock remembers which revision was reached when.
+type purgeClock struct {
+	marks []purgeMark
+	upTo  sallyport.Revision // tombstones up to here are old enough
+}
+
+type purgeMark struct {
+	at       time.Time
+	revision sallyport.Revision
+}
+
+// tick returns up to which revision tombstones are old enough at now.
+func (c *purgeClock) tick(now time.Time, reached sallyport.Revision) sallyport.Revision {
+	if n := len(c.marks); n == 0 || now.Sub(c.marks[n-1].at) >= purgeEvery {
+		c.marks = append(c.marks, purgeMark{now, reached})
+	}
+	for len(c.marks) > 0 && now.Sub(c.marks[0].at) >= tombstoneAge {
+		c.upTo = c.marks[0].revision
+		c.marks = c.marks[1:]
+	}
+	return c.upTo
+}
+
+// sweepTombstones forgets some old tombstones, between two rounds of writes.
+func (s *Server) sweepTombstones(ctx context.Context) error {
+	upTo := s.purge.tick(s.now(), s.feed.reached())
+	if upTo == 0 {
+		return nil
+	}
+	select {
+	case s.queue.busy <- struct{}{}:
+	case <-ctx.Done():
+		return nil
+	}
+	n, err := s.store.Purge(ctx, upTo, purgeMax)
+	<-s.queue.busy
+	if err == nil && n < purgeMax {
+		s.purge.upTo = 0
+	}
+	return s.check(err)
+}
