@@ -1,0 +1,79 @@
+package config
+
+import (
+	"net"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+
+	"sallyport"
+)
+
+// Record returns the configuration record that the file stands for: routes and
+// policy under one revision (DESIGN, section 5). gateways is where agents find
+// them; own are addresses that processes listen on beside those in the file.
+func (f *File) Record(gateways []sallyport.GatewayInfo, own []string, now time.Time) sallyport.Config {
+	routes := make([]sallyport.Route, len(f.Routes))
+	for i, r := range f.Routes {
+		routes[i] = routeOf(r)
+	}
+	return sallyport.Config{
+		Domain:         f.Domain,
+		Routes:         routes,
+		Gateways:       gateways,
+		ExplainGroups:  f.ExplainGroups,
+		PostureSources: f.Policyd.PostureSources,
+		PostureTTL:     f.Policyd.PostureTTL,
+		Forbidden:      slices.Compact(slices.Sorted(slices.Values(append(f.forbidden(), own...)))),
+		Applied:        now.UTC(),
+		Source:         f.path,
+	}
+}
+
+// forbidden lists what the file says that our own processes listen on. An
+// address without a host stands for every address of the machine.
+func (f *File) forbidden() []string {
+	var all []string
+	add := func(addrs ...string) {
+		for _, a := range addrs {
+			host, port, err := net.SplitHostPort(strings.TrimPrefix(a, "unix:"))
+			if err != nil || port == "0" || port == "" {
+				continue
+			}
+			if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
+				host = ""
+			}
+			all = append(all, net.JoinHostPort(host, port))
+		}
+	}
+	if f.present["gateway"] {
+		add(f.Gateway.Listen)
+		if f.Gateway.Listen == "" {
+			add(":443")
+		}
+		add(f.Gateway.Addresses...)
+	}
+	add(f.Authd.Listen, f.Cached.Listen, f.Policyd.Listen, f.Connect.Authd)
+	add(f.Connect.Policyd...)
+	add(f.Connect.Cached...)
+	add(f.Admin.Gateway, f.Admin.Authd, f.Admin.Policyd, f.Admin.Cached, f.Admin.Serve)
+	return all
+}
+
+// publicHosts are the host:port of our own public URLs, where no route may lead.
+func (f *File) publicHosts() []string {
+	var all []string
+	for _, raw := range []string{f.Gateway.PublicURL, f.Authd.PublicURL} {
+		u, err := url.Parse(raw)
+		if err != nil || u.Host == "" {
+			continue
+		}
+		port := u.Port()
+		if port == "" {
+			port = "443"
+		}
+		all = append(all, net.JoinHostPort(strings.ToLower(u.Hostname()), port))
+	}
+	return all
+}
