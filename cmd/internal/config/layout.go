@@ -3,6 +3,7 @@ package config
 import (
 	"crypto/ed25519"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
@@ -10,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"time"
 
 	"sallyport"
 	"sallyport/internal/tlsid"
@@ -32,9 +34,6 @@ type Layout struct {
 
 // Daemons are the four services, in the order in which they start.
 var Daemons = []string{"cached", "policyd", "authd", "gateway"}
-
-// Operator is the kind of the service certificate that people's tools use.
-const Operator = "operator"
 
 // Names of the CAs and secrets of a Layout.
 const (
@@ -80,7 +79,7 @@ func (l Layout) pair(dir, name string) (cert, key string) {
 func (l Layout) CA(name string) (*tlsid.CA, error) {
 	ca, err := tlsid.LoadCA(l.CAPair(name))
 	if err != nil {
-		return nil, missing(err)
+		return nil, Missing(err)
 	}
 	return ca, nil
 }
@@ -89,7 +88,7 @@ func (l Layout) CA(name string) (*tlsid.CA, error) {
 func (l Layout) Secret(name string) ([]byte, error) {
 	b, err := tlsid.ReadKeyFile(l.secret(name))
 	if err != nil {
-		return nil, missing(err)
+		return nil, Missing(err)
 	}
 	if len(b) != 32 {
 		return nil, fmt.Errorf("%s: %d bytes, want 32: the file is damaged; restore it from a backup", l.secret(name), len(b))
@@ -104,7 +103,7 @@ func (l Layout) AuditKey(daemon string) (ed25519.PrivateKey, error) {
 	_, file := l.pair("keys", "audit-"+daemon)
 	b, err := tlsid.ReadKeyFile(file)
 	if err != nil {
-		return nil, missing(err)
+		return nil, Missing(err)
 	}
 	key, err := parsePEM(b, "PRIVATE KEY", x509.ParsePKCS8PrivateKey)
 	private, ok := key.(ed25519.PrivateKey)
@@ -119,7 +118,7 @@ func (l Layout) AuditKey(daemon string) (ed25519.PrivateKey, error) {
 func (l Layout) AuditPublicKey(daemon string) (ed25519.PublicKey, error) {
 	b, err := os.ReadFile(l.auditPublic(daemon))
 	if err != nil {
-		return nil, missing(err)
+		return nil, Missing(err)
 	}
 	key, err := parsePEM(b, "PUBLIC KEY", x509.ParsePKIXPublicKey)
 	public, ok := key.(ed25519.PublicKey)
@@ -141,7 +140,8 @@ func parsePEM(b []byte, typ string, parse func([]byte) (any, error)) (any, error
 	return parse(block.Bytes)
 }
 
-func missing(err error) error {
+// Missing tells how a key file that does not exist is made; other errors pass.
+func Missing(err error) error {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -179,6 +179,49 @@ func (l Layout) EnsureKeys() error {
 		}
 	}
 	return nil
+}
+
+// EnsureService makes or renews the certificate of a service kind.
+func (l Layout) EnsureService(domain, kind string, now time.Time) error {
+	cert, key := l.ServicePair(kind)
+	return l.ensureLeaf(cert, key, InternalCA, now, func(have *x509.Certificate) bool {
+		k, _, err := tlsid.Service(have, domain)
+		return err == nil && k == kind
+	}, func(ca *tlsid.CA) (tls.Certificate, error) {
+		return ca.IssueService(domain, kind, kind, nil, tlsid.ServiceLife)
+	})
+}
+
+// EnsurePublic makes or renews the certificate of a public listener that was
+// given none.
+func (l Layout) EnsurePublic(daemon, host string, now time.Time) error {
+	cert, key := l.PublicPair(daemon)
+	return l.ensureLeaf(cert, key, PublicCA, now, func(have *x509.Certificate) bool {
+		return have.VerifyHostname(host) == nil
+	}, func(ca *tlsid.CA) (tls.Certificate, error) {
+		return ca.IssueServer([]string{host}, tlsid.ServiceLife)
+	})
+}
+
+// ensureLeaf keeps a pair that its CA signed, that fits and that has half of its
+// life before it, and replaces any other.
+func (l Layout) ensureLeaf(cert, key, caName string, now time.Time, fits func(*x509.Certificate) bool, issue func(*tlsid.CA) (tls.Certificate, error)) error {
+	ca, err := l.CA(caName)
+	if err != nil {
+		return err
+	}
+	have, err := tlsid.LoadKeyPair(cert, key)
+	if err == nil && have.Leaf.CheckSignatureFrom(ca.Certificate()) == nil && fits(have.Leaf) {
+		life := have.Leaf.NotAfter.Sub(have.Leaf.NotBefore)
+		if now.Before(have.Leaf.NotAfter.Add(-life / 2)) {
+			return nil
+		}
+	}
+	fresh, err := issue(ca)
+	if err != nil {
+		return err
+	}
+	return tlsid.SaveKeyPair(fresh, cert, key)
 }
 
 func (l Layout) ensureDirs() error {
