@@ -22,7 +22,7 @@ func start(p *run.Process) error {
 	if err != nil {
 		return err
 	}
-	server, err := daemons.Gateway(p, l, client.Policy())
+	server, err := daemons.Gateway(p, l, client.Policy(), nil)
 	if err != nil {
 		return err
 	}

@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"sallyport"
@@ -73,6 +74,31 @@ func (l Layout) CAPair(name string) (cert, key string) { return l.pair("keys", n
 func (l Layout) pair(dir, name string) (cert, key string) {
 	base := filepath.Join(l.Dir, dir, name)
 	return base + ".crt", base + ".key"
+}
+
+// FilesOf returns the files of keys and certificates that a daemon, or the
+// operator's tool, needs on its machine.
+func (l Layout) FilesOf(who string) []string {
+	ca, _ := l.CAPair(InternalCA)
+	cert, key := l.ServicePair(who)
+	files := []string{ca, cert, key}
+	if slices.Contains(Daemons, who) {
+		_, audit := l.pair("keys", "audit-"+who)
+		files = append(files, audit)
+	}
+	switch who {
+	case "cached":
+		files = append(files, l.secret(RecordsKey))
+	case "authd":
+		sessionCert, sessionKey := l.CAPair(SessionCA)
+		files = append(files, sessionCert, sessionKey, l.secret(SealKey), l.secret(CookiesKey))
+	}
+	if who == "authd" || who == "gateway" {
+		publicCA, _ := l.CAPair(PublicCA)
+		publicCert, publicKey := l.PublicPair(who)
+		files = append(files, publicCA, publicCert, publicKey)
+	}
+	return files
 }
 
 // CA loads one of the CAs.

@@ -132,3 +132,12 @@ func same(a, b sallyport.Config) bool {
 	y, errY := json.Marshal(b)
 	return errX == nil && errY == nil && bytes.Equal(x, y)
 }
+
+// PortOf returns the port in rawURL; empty if it names none.
+func PortOf(rawURL string) string {
+	u, err := url.Parse(rawURL)
+	if err != nil {
+		return ""
+	}
+	return u.Port()
+}

@@ -12,6 +12,7 @@ import (
 	"os"
 
 	"sallyport"
+	"sallyport/audit"
 	"sallyport/authd"
 	"sallyport/cmd/internal/config"
 	"sallyport/cmd/internal/run"
@@ -141,9 +142,10 @@ type Decider interface {
 	sallyport.PostureSink
 }
 
-// Gateway starts the service that agents connect to.
-func Gateway(p *run.Process, l *GatewayListener, d Decider) (*gateway.Server, error) {
-	auditor, err := p.Audit("gateway", d.keep)
+// Gateway starts the service that agents connect to. keep stores its audit heads;
+// nil for a gateway that runs apart, which may write no records.
+func Gateway(p *run.Process, l *GatewayListener, d Decider, keep func(context.Context, audit.Head) error) (*gateway.Server, error) {
+	auditor, err := p.Audit("gateway", keep)
 	if err != nil {
 		return nil, err
 	}

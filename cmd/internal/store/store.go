@@ -4,6 +4,10 @@
 package store
 
 import (
+	"context"
+	"sync/atomic"
+
+	"sallyport/audit"
 	"sallyport/cached"
 	"sallyport/cached/sqlite"
 	"sallyport/cmd/internal/config"
@@ -17,7 +21,13 @@ func Open(p *run.Process) (*cached.Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	auditor, err := p.Audit("cached")
+	var own atomic.Pointer[cached.Server] // set below: the log is opened before the server
+	auditor, err := p.Audit("cached", func(ctx context.Context, h audit.Head) error {
+		if s := own.Load(); s != nil {
+			return run.KeepHeads("cached", s)(ctx, h)
+		}
+		return nil
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -30,6 +40,7 @@ func Open(p *run.Process) (*cached.Server, error) {
 	if err != nil {
 		return nil, err
 	}
+	own.Store(server)
 	p.Go("cached", server.Run)
 	return server, nil
 }
