@@ -187,7 +187,7 @@ func (t *table) stands(g *grant, now time.Time) bool {
 }
 
 func (t *table) standsLocked(g *grant, now time.Time) bool {
-	return g.state == dialling && t.fresh.mayOpen(now) == nil &&
+	return g.state == dialling && g.due == nil && t.fresh.mayOpen(now) == nil &&
 		(g.validUntil.IsZero() || now.Before(g.validUntil)) &&
 		t.fresh.current(g.decision, g.session, g.asked)
 }
