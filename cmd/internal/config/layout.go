@@ -22,7 +22,7 @@ import (
 // a file name in it.
 //
 //	keys/{internal-ca,public-ca,session-ca}.{crt,key}  one CA, one purpose
-//	keys/{records,seal,cookies}.key                    32 random bytes each
+//	keys/{records,seal}.key                            32 random bytes each
 //	keys/audit-<daemon>.{key,pub}                      Ed25519, signs audit heads
 //	svc/<kind>.{crt,key}                               daemon to daemon
 //	svc/{gateway,authd}-public.{crt,key}               listeners without a certificate of their own
@@ -44,7 +44,6 @@ const (
 
 	RecordsKey = "records" // MACs of records at rest
 	SealKey    = "seal"    // encrypts IdP tokens at rest
-	CookiesKey = "cookies" // authd's cookies
 )
 
 // Database is the file of cached's SQLite store.
@@ -91,7 +90,7 @@ func (l Layout) FilesOf(who string) []string {
 		files = append(files, l.secret(RecordsKey))
 	case "authd":
 		sessionCert, sessionKey := l.CAPair(SessionCA)
-		files = append(files, sessionCert, sessionKey, l.secret(SealKey), l.secret(CookiesKey))
+		files = append(files, sessionCert, sessionKey, l.secret(SealKey))
 	}
 	if who == "authd" || who == "gateway" {
 		publicCA, _ := l.CAPair(PublicCA)
@@ -194,7 +193,7 @@ func (l Layout) EnsureKeys() error {
 			return err
 		}
 	}
-	for _, name := range []string{RecordsKey, SealKey, CookiesKey} {
+	for _, name := range []string{RecordsKey, SealKey} {
 		if err := ensureFile(l.secret(name), randomKey); err != nil {
 			return err
 		}

@@ -75,8 +75,11 @@ func (f *File) publicHosts() []string {
 			continue
 		}
 		port := u.Port()
-		if port == "" {
+		switch port {
+		case "":
 			port = "443"
+		case "0":
+			continue // not known yet
 		}
 		all = append(all, net.JoinHostPort(strings.ToLower(u.Hostname()), port))
 	}
