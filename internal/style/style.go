@@ -107,11 +107,11 @@ func (c *checker) file(name string, src []byte) {
 	}
 	dir := path.Dir(name)
 	c.imports(dir, f)
+	c.inits(f)
 	if !testSupport(dir) {
 		c.words(name, src)
 	}
-	c.inits(f)
-	if public(dir) {
+	if public(dir) && !testSupport(dir) {
 		c.exports(f)
 	}
 	p := c.packages[dir]
