@@ -16,6 +16,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/url"
 	"slices"
@@ -138,6 +139,16 @@ func (p *Provider) User(id string) (User, bool) {
 		return User{}, false
 	}
 	return a.User, true
+}
+
+// Users returns all users as the configuration has them now.
+func (p *Provider) Users() []User {
+	byID := p.users.Load().byID
+	users := make([]User, 0, len(byID))
+	for _, id := range slices.Sorted(maps.Keys(byID)) {
+		users = append(users, byID[id].User)
+	}
+	return users
 }
 
 // ServeHTTP serves what the one client needs, and no other endpoint of op's.

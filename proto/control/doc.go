@@ -33,3 +33,10 @@ const (
 	// MaxMessage bounds one message, in bytes. A batch of operations must fit.
 	MaxMessage = 16 << 20
 )
+
+// Flow-control windows (RFC 9113, section 5.2), in bytes. They are fixed:
+// gRPC's estimator would send a ping of its own beside every call.
+const (
+	streamWindow = 1 << 20
+	connWindow   = 16 << 20
+)

@@ -61,6 +61,8 @@ func NewServer(tlsConf *tls.Config, domain string, s Services, log logging.Logge
 		grpc.MaxSendMsgSize(MaxMessage),
 		grpc.MaxHeaderListSize(maxHeaderList),
 		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.StaticStreamWindowSize(streamWindow),
+		grpc.StaticConnWindowSize(connWindow),
 		// A client that has frozen must not hold a stream, a lease or memory.
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: Pulse, Timeout: Silence}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: Pulse, PermitWithoutStream: true}),

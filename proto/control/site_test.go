@@ -165,8 +165,8 @@ func (l lister) List(_ context.Context, kind sallyport.Kind) (of []sallyport.Rec
 	return of, nil
 }
 
-// policy answers by target: port 22 is allowed, "slow.internal" answers never,
-// "broken.internal" not at all.
+// policy answers by target: port 22 is allowed, 443 with everything that policyd
+// tells, "slow.internal" answers never, "broken.internal" not at all.
 type policy struct{ *site }
 
 func (p policy) Authorize(ctx context.Context, questions []sallyport.Request) ([]sallyport.Decision, error) {
@@ -182,7 +182,9 @@ func (p policy) Authorize(ctx context.Context, questions []sallyport.Request) ([
 			return nil, errors.New("engine on fire")
 		}
 		d := sallyport.Decision{ID: sallyport.DecisionID("d-" + q.Target.Host), Rule: "ssh", Epoch: epoch, AsOf: 7}
-		if q.Target.Port == 22 {
+		if q.Target.Port == 443 {
+			d = fullAllow(q)
+		} else if q.Target.Port == 22 {
 			d.Verdict = sallyport.VerdictAllow
 			d.Upstream = sallyport.Upstream{Network: sallyport.TCP, Host: q.Target.Host, Port: 22, Literal: true}
 			d.ValidFor = time.Hour
@@ -193,6 +195,20 @@ func (p policy) Authorize(ctx context.Context, questions []sallyport.Request) ([
 		answers = append(answers, d)
 	}
 	return answers, nil
+}
+
+// fullAllow is an allow of the usual size.
+func fullAllow(q sallyport.Request) sallyport.Decision {
+	return sallyport.Decision{
+		ID: "d-0123456789ABCDEF", Verdict: sallyport.VerdictAllow, Rule: "dba", Route: "tcp://db.internal:443",
+		Upstream: sallyport.Upstream{Network: sallyport.TCP, Host: "10.0.3.7", Port: q.Target.Port, Literal: true},
+		DependsOn: []sallyport.Subject{
+			{Kind: sallyport.SubjectSession, ID: string(q.Session)}, {Kind: sallyport.SubjectLogin, ID: "l-0123456789ABCDEF"},
+			{Kind: sallyport.SubjectUser, ID: "alice"}, {Kind: sallyport.SubjectPolicy},
+		},
+		ValidFor: time.Hour, Epoch: epoch, AsOf: 214, PolicyRevision: 7,
+		Who: sallyport.Identity{Session: q.Session, User: "alice", Email: "alice@corp.example"},
+	}
 }
 
 func (p policy) Explain(ctx context.Context, q sallyport.Request) (sallyport.Decision, error) {
