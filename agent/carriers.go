@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"sallyport/tunnel"
+	"sallyport/tunnel/h3"
 	"sallyport/tunnel/lane"
 )
 
@@ -16,6 +17,8 @@ func dialCarrier(ctx context.Context, transports []string, d tunnel.DialConfig) 
 	var dials []tunnel.DialFunc
 	for _, name := range transports {
 		switch name {
+		case quic:
+			dials = append(dials, func(ctx context.Context) (tunnel.Carrier, error) { return h3.Dial(ctx, d) })
 		case overTLS:
 			dials = append(dials, func(ctx context.Context) (tunnel.Carrier, error) { return lane.Dial(ctx, d) })
 		}
