@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"strings"
 	"time"
 
 	"sallyport"
@@ -110,6 +111,9 @@ func (c *callback) check(r *http.Request) (url.Values, int) {
 	if err != nil || !single(query) || subtle.ConstantTimeCompare([]byte(query.Get("state")), []byte(c.state)) != 1 {
 		return nil, http.StatusForbidden
 	}
+	if query.Has("iss") && strings.TrimSuffix(query.Get("iss"), "/") != c.from { // RFC 9207: another server's answer
+		return nil, http.StatusForbidden
+	}
 	if !query.Has("error") && query.Get("code") == "" {
 		return nil, http.StatusForbidden
 	}
@@ -151,4 +155,3 @@ const (
 	pageFailed = `<!doctype html><html lang="en"><title>Sallyport</title><h1>You are not logged in</h1>` +
 		`<p>The terminal says why. You may close this window.</p></html>`
 )
-

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"regexp"
 	"runtime"
 	"time"
 
@@ -95,6 +96,7 @@ func (c *Client) authorizeURL(redirect, state, verifier string, extend sallyport
 		"code_challenge":        {base64.RawURLEncoding.EncodeToString(sum[:])},
 		"code_challenge_method": {"S256"},
 		wire.ParamDPoPJKT:       {c.key.Thumbprint},
+		wire.ParamDevice:        {string(c.key.ID)},
 		wire.ParamDeviceOS:      {runtime.GOOS},
 	}
 	if name, err := os.Hostname(); err == nil {
@@ -108,9 +110,11 @@ func (c *Client) authorizeURL(redirect, state, verifier string, extend sallyport
 	return u.String()
 }
 
+// stableCode is the form of the codes that authd sends as error_description.
+var stableCode = regexp.MustCompile(`^[a-z][a-z0-9_]*(\.[a-z0-9_]+)+$`)
+
 // callbackError maps the error that authd put into the redirect (RFC 6749,
-// section 4.1.2.1). Its text is not repeated: whoever can reach the listener
-// could have written it.
+// section 4.1.2.1). Only the stable code is taken from it, never a text.
 func callbackError(query url.Values) error {
 	e := &sallyport.Error{Outcome: sallyport.OutcomeLogin, Code: "login.refused",
 		Message: "the login was refused", Hint: "run: agent login"}
@@ -121,6 +125,10 @@ func callbackError(query url.Values) error {
 	case "temporarily_unavailable", "server_error":
 		e.Code, e.Message = "login.unavailable", "the login service or the identity provider failed"
 		e.Hint = "try again in a minute"
+	}
+	if code := query.Get("error_description"); len(code) <= 64 && stableCode.MatchString(code) {
+		e.Code = code
+		e.Message += " (" + code + ")"
 	}
 	return e
 }
@@ -143,4 +151,3 @@ func (c *Client) redeem(ctx context.Context, code, verifier, redirect string) (*
 	}
 	return fresh.session(g)
 }
-

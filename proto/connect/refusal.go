@@ -22,6 +22,7 @@ const (
 	ProblemSessionRevoked = "session_revoked"        // 401
 	ProblemDenied         = "denied"                 // 403
 	ProblemPending        = "approval_pending"       // 403
+	ProblemWithdrawn      = "flow_withdrawn"         // 403: allowed once, not any more
 	ProblemProhibited     = "upstream.prohibited"    // 403: an address that is never dialled
 	ProblemNotFound       = "target.unknown"         // 404
 	ProblemMisdirected    = "misdirected"            // 421: another host's request
@@ -126,8 +127,11 @@ func (p Problem) outcome() sallyport.Outcome {
 	case http.StatusUnauthorized:
 		return sallyport.OutcomeLogin
 	case http.StatusForbidden:
-		if p.Code == ProblemPending {
+		switch p.Code {
+		case ProblemPending:
 			return sallyport.OutcomePending
+		case ProblemWithdrawn:
+			return sallyport.OutcomeRevoked
 		}
 		return sallyport.OutcomeDenied
 	case http.StatusBadRequest, http.StatusNotFound:
@@ -255,31 +259,31 @@ func codeForStatus(status int) string {
 }
 
 func clean(p Problem) Problem {
-	p.Detail, p.Hint = printable(p.Detail, 1000), printable(p.Hint, 1000)
-	p.Code = printable(p.Code, 100)
-	p.RequestID = printable(p.RequestID, 100)
-	p.DecisionID = sallyport.DecisionID(printable(string(p.DecisionID), 100))
+	p.Detail, p.Hint = Printable(p.Detail, 1000), Printable(p.Hint, 1000)
+	p.Code = Printable(p.Code, 100)
+	p.RequestID = Printable(p.RequestID, 100)
+	p.DecisionID = sallyport.DecisionID(Printable(string(p.DecisionID), 100))
 	if p.Decision == nil {
 		return p
 	}
 	d := p.Decision
-	d.Rule, d.Route = printable(d.Rule, 300), printable(d.Route, 600)
+	d.Rule, d.Route = Printable(d.Rule, 300), Printable(d.Route, 600)
 	for i := range d.Reasons {
 		r := &d.Reasons[i]
-		r.Rule, r.Condition = printable(r.Rule, 300), printable(r.Condition, 300)
-		r.Wanted, r.Found = printable(r.Wanted, 1000), printable(r.Found, 1000)
+		r.Rule, r.Condition = Printable(r.Rule, 300), Printable(r.Condition, 300)
+		r.Wanted, r.Found = Printable(r.Wanted, 1000), Printable(r.Found, 1000)
 	}
 	for _, set := range d.WouldAllowIf {
 		for i := range set {
 			r := &set[i]
-			r.Condition, r.Want, r.Hint = printable(r.Condition, 300), printable(r.Want, 1000), printable(r.Hint, 1000)
+			r.Condition, r.Want, r.Hint = Printable(r.Condition, 300), Printable(r.Want, 1000), Printable(r.Hint, 1000)
 		}
 	}
 	return p
 }
 
-// printable drops what could steer a terminal, and everything after max bytes.
-func printable(s string, max int) string {
+// Printable drops what could steer a terminal, and everything after max bytes.
+func Printable(s string, max int) string {
 	s = strings.Map(func(r rune) rune {
 		if r == '\n' || r == '\t' {
 			return ' '

@@ -157,8 +157,7 @@ func (d *decoder) value(n *yaml.Node, v reflect.Value, key string, depth int) {
 		v = v.Elem()
 	}
 	switch t := v.Type(); {
-	case t == nodeType:
-		d.walk(n, key, depth)
+	case t == nodeType: // whoever takes a node reads it as strictly itself
 		v.Set(reflect.ValueOf(*n))
 	case t == durationType:
 		d.duration(n, v, key)
@@ -192,7 +191,7 @@ func (d *decoder) plain(n *yaml.Node, key string, depth int) bool {
 	return false
 }
 
-// walk applies the rules for plain YAML below a node that another package reads.
+// walk applies the rules for plain YAML below a value of any form.
 func (d *decoder) walk(n *yaml.Node, key string, depth int) {
 	switch n.Kind {
 	case yaml.MappingNode:

@@ -1,0 +1,65 @@
+package sqlite
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/mattn/go-sqlite3"
+
+	"sallyport"
+	"sallyport/cached"
+)
+
+// classify turns SQLite's errors into those that cached.Store promises.
+func classify(err error) error {
+	var e sqlite3.Error
+	if !errors.As(err, &e) {
+		return err
+	}
+	switch e.Code {
+	case sqlite3.ErrBusy, sqlite3.ErrLocked:
+		return &sallyport.Error{
+			Outcome: sallyport.OutcomeUnavailable,
+			Code:    "storage.busy",
+			Message: "the record store is locked by another process",
+			Hint:    "end the program that holds the database file; cached goes on by itself",
+			Err:     err,
+		}
+	case sqlite3.ErrFull:
+		return &sallyport.Error{
+			Outcome: sallyport.OutcomeUnavailable,
+			Code:    "storage.full",
+			Message: "the disk of the record store is full",
+			Hint:    "free space on it; cached goes on by itself",
+			Err:     err,
+		}
+	case sqlite3.ErrIoErr, sqlite3.ErrCorrupt, sqlite3.ErrNotADB, sqlite3.ErrCantOpen, sqlite3.ErrReadonly, sqlite3.ErrProtocol:
+		return fmt.Errorf("%w: %w", cached.ErrBroken, err)
+	}
+	return err
+}
+
+// corrupt returns the refusal to start from what lies at path.
+func corrupt(path, message string, cause error) error {
+	return &sallyport.Error{
+		Outcome: sallyport.OutcomeInternal,
+		Code:    "storage.corrupt",
+		Message: message,
+		Hint: fmt.Sprintf("put a backup in place of %[1]s (and remove %[1]s-wal and %[1]s-shm); to start with nothing, "+
+			"so that everybody must log in again and the configuration is applied anew, move away every file named %[1]s*", path),
+		Err: cause,
+	}
+}
+
+// damaged says which of the errors at opening mean that the file is no good.
+func damaged(path string, err error) error {
+	if err == nil || sallyport.CodeOf(err) != "" {
+		return err
+	}
+	classified := classify(err)
+	var e sqlite3.Error
+	if errors.Is(classified, cached.ErrBroken) || errors.As(err, &e) && e.Code == sqlite3.ErrError {
+		return corrupt(path, "the record store is damaged", err)
+	}
+	return classified
+}

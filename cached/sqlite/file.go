@@ -1,0 +1,253 @@
+package sqlite
+
+import (
+	"context"
+	"crypto/rand"
+	"database/sql"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"sallyport"
+	"sallyport/internal/logging"
+)
+
+const (
+	magic         = "SQLite format 3\x00"
+	applicationID = 0x534c5054 // "SLPT"
+
+	// Larger files are not read through at the start; damage in them shows when
+	// it is met, and a damaged row never verifies.
+	inspectMax = 256 << 20
+)
+
+// schema is what each version adds to the one before it; user_version counts
+// them.
+var schema = []string{`
+	CREATE TABLE meta (
+		name  TEXT PRIMARY KEY,
+		value ANY NOT NULL
+	) STRICT;
+	CREATE TABLE record (
+		rowid     INTEGER PRIMARY KEY,
+		kind      TEXT    NOT NULL,
+		id        TEXT    NOT NULL,
+		version   INTEGER NOT NULL,
+		revision  INTEGER NOT NULL,
+		deleted   INTEGER NOT NULL,
+		expires   INTEGER NOT NULL, -- nanoseconds since 1970; 0: never
+		of_login  TEXT    NOT NULL,
+		of_user   TEXT    NOT NULL,
+		of_device TEXT    NOT NULL,
+		payload   BLOB    NOT NULL,
+		mac       BLOB    NOT NULL,
+		UNIQUE (kind, id)
+	) STRICT;
+	CREATE INDEX record_revision  ON record (revision);
+	CREATE INDEX record_tombstone ON record (revision)  WHERE deleted = 1;
+	CREATE INDEX record_expires   ON record (expires)   WHERE deleted = 0 AND expires > 0;
+	CREATE INDEX record_of_login  ON record (of_login)  WHERE deleted = 0 AND of_login <> '';
+	CREATE INDEX record_of_user   ON record (of_user)   WHERE deleted = 0 AND of_user <> '';
+	CREATE INDEX record_of_device ON record (of_device) WHERE deleted = 0 AND of_device <> '';
+`}
+
+// selectState reads the last revision and the compacted one. Purging never
+// reuses a revision: what was purged lies at or below compacted.
+const selectState = `SELECT max(coalesce((SELECT max(revision) FROM record), 0), c), c
+	FROM (SELECT value AS c FROM meta WHERE name = 'compacted')`
+
+func dsn(path string, busy time.Duration, readOnly bool) string {
+	v := url.Values{}
+	v.Set("mode", "rw") // never create: prepareFile does that
+	v.Set("_busy_timeout", strconv.FormatInt(busy.Milliseconds(), 10))
+	v.Set("_journal_mode", "WAL")
+	v.Set("_synchronous", "FULL")
+	v.Set("_cache_size", "-16384") // KiB
+	if readOnly {
+		v.Set("_query_only", "true")
+	}
+	return "file:" + (&url.URL{Path: path}).EscapedPath() + "?" + v.Encode()
+}
+
+// prepareFile leaves a database at path that this version may open, or says why
+// there is none. It makes one only where there never was one.
+func prepareFile(path string, m *marker) error {
+	there, err := exists(path)
+	if err != nil {
+		return err
+	}
+	if there {
+		return checkHeader(path)
+	}
+	wal, err := exists(path + "-wal")
+	if err != nil {
+		return err
+	}
+	if m.initialised || wal {
+		return corrupt(path, "the record store is missing or empty, although there was one", nil)
+	}
+	return create(path)
+}
+
+// checkHeader reads the file's header (SQLite file format, section 1.3) without
+// SQLite, which could already change the file.
+func checkHeader(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	var h [100]byte
+	if _, err := f.ReadAt(h[:], 0); err != nil {
+		return corrupt(path, "the record store is cut off", err)
+	}
+	if string(h[:len(magic)]) != magic || binary.BigEndian.Uint32(h[68:]) != applicationID {
+		return corrupt(path, "the file is not a record store of Sallyport", nil)
+	}
+	return checkVersion(int(binary.BigEndian.Uint32(h[60:])))
+}
+
+func checkVersion(v int) error {
+	if v <= len(schema) {
+		return nil
+	}
+	return &sallyport.Error{
+		Outcome: sallyport.OutcomeUsage,
+		Code:    "schema.too_new",
+		Message: fmt.Sprintf("the record store has schema %d, this version knows %d", v, len(schema)),
+		Hint:    "start the version that wrote it, or a newer one",
+	}
+}
+
+// create makes an empty database beside path and moves it there whole.
+func create(path string) (err error) {
+	tmp := path + ".new"
+	for _, old := range []string{tmp, tmp + "-journal"} {
+		if err := os.Remove(old); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := initialise(tmp); err != nil {
+		return fmt.Errorf("make the database: %w", err)
+	}
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	if err := os.Rename(tmp, path); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+// initialise fills the new file with the first schema, an identity and an
+// epoch; migrate does the rest, as for every older file.
+func initialise(path string) (err error) {
+	db, err := sql.Open("sqlite3", "file:"+(&url.URL{Path: path}).EscapedPath()+"?mode=rw&_synchronous=FULL")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, db.Close()) }()
+	for _, text := range append(migration(0), fmt.Sprintf(`PRAGMA application_id = %d`, applicationID)) {
+		if _, err := db.Exec(text); err != nil {
+			return err
+		}
+	}
+	for _, kv := range [][2]any{{"store", rand.Text()}, {"epoch", sallyport.NewID("e")}, {"compacted", 0}} {
+		if _, err := db.Exec(`INSERT INTO meta (name, value) VALUES (?, ?)`, kv[0], kv[1]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// migration returns the statements that lead from schema v to v+1.
+func migration(v int) []string {
+	return []string{schema[v], fmt.Sprintf(`PRAGMA user_version = %d`, v+1)}
+}
+
+// migrate brings the file to today's schema, each version in a transaction.
+func (s *Store) migrate() error {
+	ctx := context.Background()
+	var v int
+	if err := s.writer.QueryRowContext(ctx, `PRAGMA user_version`).Scan(&v); err != nil {
+		return err
+	}
+	if err := checkVersion(v); err != nil {
+		return err
+	}
+	for ; v < len(schema); v++ {
+		err := s.transaction(ctx, func() error {
+			for _, text := range migration(v) {
+				if _, err := s.writer.ExecContext(ctx, text); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return fmt.Errorf("migrate to schema %d: %w", v+1, err)
+		}
+	}
+	// The header in the file itself must tell the version, not the log.
+	_, err := s.writer.ExecContext(ctx, `PRAGMA wal_checkpoint(PASSIVE)`)
+	if err == nil {
+		_, err = s.writer.ExecContext(ctx, `PRAGMA journal_size_limit = 67108864`)
+	}
+	return err
+}
+
+// inspect reads a file of ordinary size through.
+func (s *Store) inspect(path string) error {
+	info, err := os.Stat(path)
+	if err != nil || info.Size() > inspectMax {
+		return err
+	}
+	var verdict string
+	if err := s.writer.QueryRowContext(context.Background(), `PRAGMA quick_check(1)`).Scan(&verdict); err != nil {
+		return err
+	}
+	if verdict != "ok" {
+		return corrupt(path, "the record store is damaged", errors.New(verdict))
+	}
+	return nil
+}
+
+// load reads the state and starts a new epoch where the history is not the one
+// that the marker knows.
+func (s *Store) load(log logging.Logger) error {
+	ctx := context.Background()
+	var store string
+	var revision, compacted uint64
+	row := s.writer.QueryRowContext(ctx, `SELECT (SELECT value FROM meta WHERE name = 'store'), (SELECT value FROM meta WHERE name = 'epoch')`)
+	if err := row.Scan(&store, &s.epoch); err != nil {
+		return err
+	}
+	if err := s.writer.QueryRowContext(ctx, selectState).Scan(&revision, &compacted); err != nil {
+		return err
+	}
+	s.revision.Store(revision)
+	s.compacted.Store(compacted)
+	known := s.marker.initialised && s.marker.Store == store && s.marker.Revision <= revision
+	if !known && revision > 0 {
+		if s.marker.initialised {
+			log.Warn("record store is not the one that was written last, starting a new epoch",
+				"revision", revision, "revision_known", s.marker.Revision)
+		}
+		s.epoch = sallyport.Epoch(sallyport.NewID("e"))
+		if _, err := s.writer.ExecContext(ctx, `UPDATE meta SET value = ? WHERE name = 'epoch'`, string(s.epoch)); err != nil {
+			return err
+		}
+	}
+	s.marker.adopt(store)
+	return nil
+}

@@ -1,0 +1,411 @@
+// Package sqlite is the engine of cached that keeps rows in one SQLite file:
+// write-ahead log, synchronous=FULL, one transaction for each group of batches.
+// It is the only package that knows SQLite (through cgo), and it decides what a
+// file must look like to be started from; what the rows mean and whether they
+// are genuine is the business of package cached.
+//
+// # Files
+//
+//	cached.db, cached.db-wal, cached.db-shm   SQLite's
+//	cached.db.lock                            ours: held locked while the store is open
+//
+// The lock file also remembers that a store was made here, and the highest
+// revision known to be written. A store whose database is missing or empty is
+// therefore never mistaken for a new one, and a database that lies behind (a
+// restored backup) starts a new epoch.
+package sqlite
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"sallyport"
+	"sallyport/cached"
+	"sallyport/internal/logging"
+)
+
+// Config says how to open a store. The zero value is right for a daemon.
+type Config struct {
+	// BusyTimeout is how long a read or write waits for a lock that another
+	// process (a backup) holds before it fails with storage.busy; 0: 2 s.
+	BusyTimeout time.Duration
+	// Log; nil: nothing is logged.
+	Log logging.Logger
+}
+
+// Store implements cached.Store over a file.
+type Store struct {
+	marker *marker
+	epoch  sallyport.Epoch
+
+	// revision and compacted follow what is committed.
+	revision  atomic.Uint64
+	compacted atomic.Uint64
+
+	readers *sql.DB
+	get     *sql.Stmt
+	changed *sql.Stmt
+	expired *sql.Stmt
+	owned   [3]*sql.Stmt // by login, user, device
+
+	writeMu sync.Mutex // guards what follows: one transaction at a time
+	writers *sql.DB
+	writer  *sql.Conn
+	put     *sql.Stmt
+}
+
+var _ cached.Store = (*Store)(nil)
+
+const columns = `kind, id, version, revision, deleted, expires, of_login, of_user, of_device, payload, mac`
+
+// Open opens the store in the file path, making it if it never existed. Errors:
+// storage.in_use (another process has it), storage.corrupt (missing although it
+// was there, damaged, not ours), schema.too_new (written by a newer version; the
+// file is untouched).
+func Open(path string, cfg Config) (*Store, error) {
+	if cfg.BusyTimeout == 0 {
+		cfg.BusyTimeout = 2 * time.Second
+	}
+	if cfg.Log == nil {
+		cfg.Log = logging.Discard()
+	}
+	m, err := lockMarker(path + ".lock")
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", path, err)
+	}
+	s := &Store{marker: m}
+	if err := s.open(path, cfg); err != nil {
+		return nil, errors.Join(fmt.Errorf("open %s: %w", path, err), s.close())
+	}
+	return s, nil
+}
+
+func (s *Store) open(path string, cfg Config) error {
+	if err := prepareFile(path, s.marker); err != nil {
+		return err
+	}
+	if err := s.connect(path, cfg.BusyTimeout); err != nil {
+		return damaged(path, err)
+	}
+	if err := s.migrate(); err != nil {
+		return damaged(path, err)
+	}
+	if err := s.inspect(path); err != nil {
+		return damaged(path, err)
+	}
+	if err := s.prepare(); err != nil {
+		return damaged(path, err)
+	}
+	if err := s.load(cfg.Log); err != nil {
+		return damaged(path, err)
+	}
+	return s.marker.write(s.revision.Load(), true)
+}
+
+// connect opens one connection for writes and a pool for reads.
+func (s *Store) connect(path string, busy time.Duration) (err error) {
+	if s.writers, err = sql.Open("sqlite3", dsn(path, busy, false)); err != nil {
+		return err
+	}
+	if s.writer, err = s.writers.Conn(context.Background()); err != nil {
+		return err
+	}
+	if s.readers, err = sql.Open("sqlite3", dsn(path, busy, true)); err != nil {
+		return err
+	}
+	s.readers.SetMaxOpenConns(32)
+	s.readers.SetMaxIdleConns(8)
+	return nil
+}
+
+func (s *Store) prepare() error {
+	ctx := context.Background()
+	for _, p := range []struct {
+		stmt **sql.Stmt
+		on   interface {
+			PrepareContext(context.Context, string) (*sql.Stmt, error)
+		}
+		text string
+	}{
+		{&s.put, s.writer, `INSERT INTO record (` + columns + `) VALUES (?,?,?,?,?,?,?,?,?,?,?)
+			ON CONFLICT (kind, id) DO UPDATE SET version=excluded.version, revision=excluded.revision,
+			deleted=excluded.deleted, expires=excluded.expires, of_login=excluded.of_login, of_user=excluded.of_user,
+			of_device=excluded.of_device, payload=excluded.payload, mac=excluded.mac`},
+		{&s.get, s.readers, `SELECT ` + columns + ` FROM record WHERE kind = ? AND id = ?`},
+		{&s.changed, s.readers, `SELECT ` + columns + ` FROM record WHERE revision > ? ORDER BY revision LIMIT ?`},
+		{&s.expired, s.readers, `SELECT ` + columns + ` FROM record
+			WHERE expires > 0 AND expires <= ? AND deleted = 0 ORDER BY expires LIMIT ?`},
+		{&s.owned[0], s.readers, ownedBy("of_login")},
+		{&s.owned[1], s.readers, ownedBy("of_user")},
+		{&s.owned[2], s.readers, ownedBy("of_device")},
+	} {
+		stmt, err := p.on.PrepareContext(ctx, p.text)
+		if err != nil {
+			return err
+		}
+		*p.stmt = stmt
+	}
+	return nil
+}
+
+func ownedBy(column string) string {
+	return `SELECT ` + columns + ` FROM record WHERE ` + column + ` = ? AND ` + column + ` <> '' AND deleted = 0`
+}
+
+// Close writes back what the log still holds and lets another process open the
+// file. No other method may be under way.
+func (s *Store) Close() error {
+	return errors.Join(s.marker.write(s.revision.Load(), true), s.close())
+}
+
+func (s *Store) close() error {
+	s.writeMu.Lock()
+	defer s.writeMu.Unlock()
+	var errs []error
+	if s.readers != nil {
+		errs = append(errs, s.readers.Close())
+	}
+	if s.put != nil {
+		errs = append(errs, s.put.Close())
+	}
+	if s.writer != nil {
+		errs = append(errs, s.writer.Close())
+	}
+	if s.writers != nil {
+		errs = append(errs, s.writers.Close())
+	}
+	return errors.Join(append(errs, s.marker.Close())...)
+}
+
+// State implements cached.Store.
+func (s *Store) State(context.Context) (cached.State, error) {
+	return cached.State{
+		Epoch:     s.epoch,
+		Revision:  sallyport.Revision(s.revision.Load()),
+		Compacted: sallyport.Revision(s.compacted.Load()),
+	}, nil
+}
+
+// Get implements cached.Store.
+func (s *Store) Get(ctx context.Context, kind sallyport.Kind, id string) (cached.Row, error) {
+	rows, err := collect(s.get.QueryContext(ctx, string(kind), id))
+	if err != nil {
+		return cached.Row{}, err
+	}
+	if len(rows) == 0 {
+		return cached.Row{}, sallyport.ErrNotFound
+	}
+	return rows[0], nil
+}
+
+// Write implements cached.Store.
+func (s *Store) Write(ctx context.Context, rows []cached.Row) error {
+	if len(rows) == 0 {
+		return nil
+	}
+	err := s.transaction(ctx, func() error {
+		for i := range rows {
+			if err := s.putRow(ctx, &rows[i]); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("write: %w", err)
+	}
+	s.revision.Store(uint64(rows[len(rows)-1].Revision))
+	return nil
+}
+
+func (s *Store) putRow(ctx context.Context, r *cached.Row) error {
+	payload := r.Payload
+	if payload == nil {
+		payload = []byte{}
+	}
+	_, err := s.put.ExecContext(ctx, string(r.Kind), r.ID, int64(r.Version), int64(r.Revision), r.Deleted,
+		cached.UnixNano(r.Expires), string(r.Owner.Login), string(r.Owner.User), string(r.Owner.Device), payload, r.MAC)
+	return err
+}
+
+// transaction runs do between BEGIN and COMMIT. After an error nothing of it is
+// left, unless the error wraps cached.ErrBroken.
+func (s *Store) transaction(ctx context.Context, do func() error) error {
+	s.writeMu.Lock()
+	defer s.writeMu.Unlock()
+	if _, err := s.writer.ExecContext(ctx, `BEGIN IMMEDIATE`); err != nil {
+		return classify(err)
+	}
+	err := do()
+	if err == nil {
+		_, err = s.writer.ExecContext(ctx, `COMMIT`)
+	}
+	if err != nil {
+		// SQLite has rolled back by itself after most failures; then this fails too.
+		_, _ = s.writer.ExecContext(context.WithoutCancel(ctx), `ROLLBACK`)
+		return classify(err)
+	}
+	return nil
+}
+
+// Scan implements cached.Store.
+func (s *Store) Scan(ctx context.Context, kinds []sallyport.Kind, begin func(cached.State) error, each func(cached.Row) error) error {
+	return s.snapshot(ctx, func(tx *sql.Tx, state cached.State) error {
+		if err := begin(state); err != nil {
+			return err
+		}
+		text, args := `SELECT `+columns+` FROM record WHERE deleted = 0`, []any(nil)
+		for i, kind := range kinds {
+			text += [2]string{` AND kind IN (?`, `, ?`}[min(i, 1)]
+			args = append(args, string(kind))
+		}
+		if len(kinds) > 0 {
+			text += `)`
+		}
+		rows, err := tx.QueryContext(ctx, text, args...)
+		if err != nil {
+			return classify(err)
+		}
+		defer rows.Close()
+		for rows.Next() {
+			row, err := read(rows)
+			if err != nil {
+				return classify(err)
+			}
+			if err := each(row); err != nil {
+				return err
+			}
+		}
+		return classify(rows.Err())
+	})
+}
+
+// Changed implements cached.Store.
+func (s *Store) Changed(ctx context.Context, after sallyport.Revision, limit int) (rows []cached.Row, state cached.State, err error) {
+	err = s.snapshot(ctx, func(tx *sql.Tx, at cached.State) error {
+		state = at
+		rows, err = collect(tx.StmtContext(ctx, s.changed).QueryContext(ctx, int64(after), limit))
+		return err
+	})
+	return rows, state, err
+}
+
+// snapshot runs do on one instant of the history.
+func (s *Store) snapshot(ctx context.Context, do func(*sql.Tx, cached.State) error) error {
+	tx, err := s.readers.BeginTx(ctx, nil)
+	if err != nil {
+		return classify(err)
+	}
+	defer tx.Rollback()
+	state := cached.State{Epoch: s.epoch}
+	if err := tx.QueryRowContext(ctx, selectState).Scan(&state.Revision, &state.Compacted); err != nil {
+		return classify(err)
+	}
+	return do(tx, state)
+}
+
+// Owned implements cached.Store.
+func (s *Store) Owned(ctx context.Context, owner cached.Owner) ([]cached.Row, error) {
+	type key struct {
+		kind sallyport.Kind
+		id   string
+	}
+	seen := map[key]bool{}
+	all := []cached.Row{}
+	for i, value := range []string{string(owner.Login), string(owner.User), string(owner.Device)} {
+		if value == "" {
+			continue
+		}
+		rows, err := collect(s.owned[i].QueryContext(ctx, value))
+		if err != nil {
+			return nil, err
+		}
+		for _, row := range rows {
+			if k := (key{row.Kind, row.ID}); !seen[k] {
+				seen[k] = true
+				all = append(all, row)
+			}
+		}
+	}
+	return all, nil
+}
+
+// Expired implements cached.Store.
+func (s *Store) Expired(ctx context.Context, now time.Time, limit int) ([]cached.Row, error) {
+	return collect(s.expired.QueryContext(ctx, cached.UnixNano(now), limit))
+}
+
+// Purge implements cached.Store.
+func (s *Store) Purge(ctx context.Context, upTo sallyport.Revision, limit int) (int, error) {
+	var n int64
+	err := s.transaction(ctx, func() error {
+		if _, err := s.writer.ExecContext(ctx, `UPDATE meta SET value = max(CAST(value AS INTEGER), ?) WHERE name = 'compacted'`, int64(upTo)); err != nil {
+			return err
+		}
+		res, err := s.writer.ExecContext(ctx, `DELETE FROM record WHERE rowid IN
+			(SELECT rowid FROM record WHERE deleted = 1 AND revision <= ? LIMIT ?)`, int64(upTo), limit)
+		if err != nil {
+			return err
+		}
+		n, err = res.RowsAffected()
+		return err
+	})
+	if err != nil {
+		return 0, fmt.Errorf("purge: %w", err)
+	}
+	s.compacted.Store(max(s.compacted.Load(), uint64(upTo)))
+	return int(n), nil
+}
+
+// Maintain implements cached.Store: the marker follows the revision.
+func (s *Store) Maintain(context.Context) error {
+	return s.marker.write(s.revision.Load(), false)
+}
+
+func collect(rows *sql.Rows, err error) ([]cached.Row, error) {
+	if err != nil {
+		return nil, classify(err)
+	}
+	defer rows.Close()
+	all := []cached.Row{}
+	for rows.Next() {
+		row, err := read(rows)
+		if err != nil {
+			return nil, classify(err)
+		}
+		all = append(all, row)
+	}
+	return all, classify(rows.Err())
+}
+
+func read(rows *sql.Rows) (cached.Row, error) {
+	var (
+		r       cached.Row
+		expires int64
+	)
+	err := rows.Scan(&r.Kind, &r.ID, &r.Version, &r.Revision, &r.Deleted, &expires,
+		&r.Owner.Login, &r.Owner.User, &r.Owner.Device, &r.Payload, &r.MAC)
+	r.Expires = cached.FromUnixNano(expires)
+	if len(r.Payload) == 0 {
+		r.Payload = nil
+	}
+	return r, err
+}
+
+// exists reports whether path is a file with something in it.
+func exists(path string) (bool, error) {
+	info, err := os.Stat(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	return info.Size() > 0, nil
+}
