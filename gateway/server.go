@@ -16,6 +16,7 @@ import (
 	"sallyport/gateway/upstream"
 	"sallyport/internal/logging"
 	"sallyport/internal/relay"
+	"sallyport/internal/telemetry"
 	"sallyport/proto/connect"
 	"sallyport/tunnel"
 	"sallyport/tunnel/lane"
@@ -41,6 +42,8 @@ type Deps struct {
 	// Certificate returns the tunnel host's certificate; it is called at each
 	// handshake. This field is required.
 	Certificate func() *tls.Certificate
+	// Metrics takes the gateway's figures; nil: nobody counts.
+	Metrics *telemetry.Registry
 	// Version is what /v1/events says hello with.
 	Version string
 	// Resolver resolves the names of services; nil: net.DefaultResolver.
@@ -54,10 +57,11 @@ type Server struct {
 	log    logging.Logger
 	limits Limits
 
-	table  *table
-	hub    hub
-	guard  *upstream.Guard
-	dialer *upstream.Dialer
+	table   *table
+	hub     hub
+	metrics metrics
+	guard   *upstream.Guard
+	dialer  *upstream.Dialer
 	// dialUpstream is dialer.Dial, replaced in tests that have no network.
 	dialUpstream func(context.Context, sallyport.Upstream) (relay.Conn, error)
 
@@ -90,9 +94,10 @@ func New(cfg Config, deps Deps) (*Server, error) {
 	}
 	limits := cfg.Limits.withDefaults()
 	guard := new(upstream.Guard)
+	table := newTable(limits)
 	s := &Server{
 		cfg: cfg, deps: deps, log: deps.Log, limits: limits,
-		table:  newTable(limits),
+		table: table, metrics: newMetrics(deps.Metrics, table),
 		guard:  guard,
 		dialer: &upstream.Dialer{Guard: guard, Resolver: deps.Resolver, Timeout: limits.DialTimeout},
 		again:  make(chan struct{}, 1),
@@ -162,7 +167,7 @@ func (s *Server) drain(ctx context.Context) {
 	defer limit.Stop()
 	poll := time.NewTicker(20 * time.Millisecond)
 	defer poll.Stop()
-	for s.table.flows() > 0 {
+	for s.table.flowCount() > 0 {
 		select {
 		case <-poll.C:
 			continue
