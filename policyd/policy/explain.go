@@ -1,6 +1,8 @@
 package policy
 
 import (
+	"cmp"
+
 	"sallyport"
 )
 
@@ -15,7 +17,9 @@ func (s *Set) Reasons(in *Input, a Answer, all bool) []sallyport.Reason {
 	in.site = &s.site
 	switch {
 	case in.Person == nil && a.Verdict == sallyport.VerdictLogin:
-		return []sallyport.Reason{{Condition: "session", Wanted: "a live session", Found: "none", Result: Unknown.String()}}
+		return []sallyport.Reason{{
+			Condition: "session", Wanted: "a live session", Found: cmp.Or(in.Absent, "none"), Result: Unknown.String(),
+		}}
 	case a.route == nil, a.Verdict == sallyport.VerdictAllow && !all:
 		return nil
 	}

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"time"
 
 	"go.yaml.in/yaml/v3"
 
@@ -100,7 +101,7 @@ type Audit struct {
 	OnFailure string `yaml:"on_failure"`
 }
 
-// Connect lists addresses, host:port, or unix:PATH for an admin socket.
+// Connect lists addresses, host:port.
 type Connect struct {
 	Policyd []string `yaml:"policyd"`
 	Cached  []string `yaml:"cached"`
@@ -244,12 +245,6 @@ func (f *File) checkConnect(reader string) fault.List {
 }
 
 func checkDial(l *fault.List, key, addr string) {
-	if path, ok := strings.CutPrefix(addr, "unix:"); ok {
-		if !filepath.IsAbs(path) {
-			l.Addf(key, "%.80q is no absolute path", path)
-		}
-		return
-	}
 	t, err := sallyport.ParseAuthority(sallyport.TCP, addr)
 	if err != nil {
 		l.Addf(key, "%v", err)
@@ -317,6 +312,19 @@ func (f *File) checkPolicy(d *decoder, key string, n *yaml.Node) {
 	}
 	for _, e := range faults {
 		d.fault(e.Line, key, "column %d: %s", e.Column, e.Message)
+	}
+}
+
+// compile lets policyd's own compiler say what is wrong with the routes taken
+// together: two for one place, destinations that no gateway may dial.
+func (f *File) compile(l *fault.List) {
+	r := f.Record(nil, f.publicHosts(), time.Time{})
+	_, err := policy.Compile(r.Routes, policy.Options{
+		Sources: r.PostureSources, TTL: r.PostureTTL, Forbidden: r.Forbidden, ExplainGroups: r.ExplainGroups,
+	})
+	var faults fault.List
+	if errors.As(err, &faults) {
+		*l = append(*l, faults...)
 	}
 }
 
