@@ -19,6 +19,7 @@ import (
 	"sallyport/internal/telemetry"
 	"sallyport/proto/connect"
 	"sallyport/tunnel"
+	"sallyport/tunnel/h3"
 	"sallyport/tunnel/lane"
 )
 
@@ -66,6 +67,7 @@ type Server struct {
 	dialUpstream func(context.Context, sallyport.Upstream) (relay.Conn, error)
 
 	hosts      map[string]host // by name, lower case; fixed by New
+	quic       *h3.Server
 	handshakes *budget
 	trust      atomic.Pointer[trust]
 
@@ -107,6 +109,10 @@ func New(cfg Config, deps Deps) (*Server, error) {
 	}
 	s.dialUpstream = s.dialer.Dial
 	lanes := lane.NewServer(lane.ServerConfig{Domain: deps.Domain, Host: cfg.host(), Handler: s, Log: deps.Log})
+	s.quic = h3.NewServer(h3.ServerConfig{
+		TLS:    &tls.Config{MinVersion: tls.VersionTLS13, GetConfigForClient: s.tunnelQUIC},
+		Domain: deps.Domain, Host: cfg.host(), Handler: s, Log: deps.Log,
+	})
 	s.hosts[cfg.host()] = host{config: s.tunnelLane, serve: lanes.ServeConn}
 	return s, nil
 }
@@ -126,6 +132,10 @@ func (s *Server) Serve(ctx context.Context, tcp net.Listener, udp net.PacketConn
 	g.Go(func() error { return s.tick(serving) })
 	if tcp != nil {
 		g.Go(func() error { return s.acceptTCP(ctx, serving, g, tcp) })
+	}
+	if udp != nil {
+		defer udp.Close()
+		g.Go(func() error { return s.quic.Serve(serving, udp) })
 	}
 
 	select {
