@@ -13,7 +13,6 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
-	"strings"
 	"time"
 
 	"go.yaml.in/yaml/v3"
@@ -24,6 +23,7 @@ import (
 	"sallyport/gateway"
 	"sallyport/internal/fault"
 	"sallyport/internal/logging"
+	"sallyport/internal/telemetry"
 	"sallyport/policyd"
 	"sallyport/policyd/policy"
 )
@@ -263,19 +263,8 @@ func (a Admin) validate() fault.List {
 		if addr == "" {
 			continue
 		}
-		if path, ok := strings.CutPrefix(addr, "unix:"); ok {
-			if !filepath.IsAbs(path) {
-				l.Addf(key, "%.80q is no absolute path", path)
-			}
-			continue
-		}
-		host, _, err := net.SplitHostPort(addr)
-		ip := net.ParseIP(host)
-		switch {
-		case err != nil:
-			l.Addf(key, "%.80q is neither host:port nor unix:PATH", addr)
-		case ip == nil || !ip.IsLoopback():
-			l.Addf(key, "%.80q is not a loopback address: the admin listener has no login (use 127.0.0.1:PORT or unix:PATH)", addr)
+		if err := telemetry.CheckListen(addr); err != nil {
+			l.Addf(key, "%v (use 127.0.0.1:PORT or unix:PATH)", err)
 		}
 	}
 	return l
