@@ -257,14 +257,14 @@ func checkDial(l *fault.List, key, addr string) {
 // metrics are nobody else's business (SECURITY-CASES J7).
 func (a Admin) validate() fault.List {
 	var l fault.List
-	for key, addr := range map[string]string{
-		"gateway": a.Gateway, "authd": a.Authd, "policyd": a.Policyd, "cached": a.Cached, "serve": a.Serve,
+	for _, x := range []struct{ key, addr string }{
+		{"gateway", a.Gateway}, {"authd", a.Authd}, {"policyd", a.Policyd}, {"cached", a.Cached}, {"serve", a.Serve},
 	} {
-		if addr == "" {
+		if x.addr == "" {
 			continue
 		}
-		if err := telemetry.CheckListen(addr); err != nil {
-			l.Addf(key, "%v (use 127.0.0.1:PORT or unix:PATH)", err)
+		if err := telemetry.CheckListen(x.addr); err != nil {
+			l.Addf(x.key, "%v", err)
 		}
 	}
 	return l
