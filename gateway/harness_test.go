@@ -603,3 +603,13 @@ func sessionSubject(id string) sallyport.Subject {
 func (b *bench) denyDB() {
 	b.policy.change(dbRecord(), `group "dba" removed`, func() { b.policy.denied[db.String()] = true })
 }
+
+// tryOpen opens a flow, or returns the refusal.
+func (a *agent) tryOpen(target sallyport.Target) (*memConn, error) {
+	st := a.ask(target)
+	got := <-st.answer
+	if got.refusal != nil {
+		return nil, got.refusal
+	}
+	return got.conn, got.conn.echo()
+}

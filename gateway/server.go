@@ -18,6 +18,7 @@ import (
 	"sallyport/internal/relay"
 	"sallyport/proto/connect"
 	"sallyport/tunnel"
+	"sallyport/tunnel/lane"
 )
 
 // Deps are what a gateway works with.
@@ -100,6 +101,8 @@ func New(cfg Config, deps Deps) (*Server, error) {
 		handshakes: newBudget(limits.Handshakes),
 	}
 	s.dialUpstream = s.dialer.Dial
+	lanes := lane.NewServer(lane.ServerConfig{Domain: deps.Domain, Host: cfg.host(), Handler: s, Log: deps.Log})
+	s.hosts[cfg.host()] = host{config: s.tunnelLane, serve: lanes.ServeConn}
 	return s, nil
 }
 

@@ -284,4 +284,3 @@ type plainConn struct{ net.Conn }
 
 func (c plainConn) CloseWrite() error { return nil }
 func (c plainConn) Reset(uint64)      { c.Close() }
-

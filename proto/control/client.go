@@ -152,9 +152,11 @@ func dialContext(ctx context.Context, addr string) (net.Conn, error) {
 	return d.DialContext(ctx, "tcp", addr)
 }
 
-// Invoke implements grpc.ClientConnInterface for the generated clients: one
-// call with a deadline, and errors that are ours.
-func (c *Client) Invoke(ctx context.Context, method string, request, response any, opts ...grpc.CallOption) error {
+// unaryConn is what the generated clients call through: the connection in use,
+// deadlines for who has none, and errors that are ours.
+type unaryConn struct{ *Client }
+
+func (c unaryConn) Invoke(ctx context.Context, method string, request, response any, opts ...grpc.CallOption) error {
 	conn, err := c.current()
 	if err != nil {
 		return err
@@ -170,9 +172,9 @@ func (c *Client) Invoke(ctx context.Context, method string, request, response an
 	return nil
 }
 
-// NewStream implements grpc.ClientConnInterface. Streams of this package go
-// through receive and Lease, which know the connection.
-func (c *Client) NewStream(ctx context.Context, desc *grpc.StreamDesc, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+// NewStream is for completeness: streams of this package go through receive and
+// Lease, which have to know their connection.
+func (c unaryConn) NewStream(ctx context.Context, desc *grpc.StreamDesc, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	conn, err := c.current()
 	if err != nil {
 		return nil, err

@@ -140,7 +140,7 @@ func askProxy(c net.Conn, user *url.Userinfo, address string) error {
 	if _, err := c.Write([]byte(request + "\r\n")); err != nil {
 		return err
 	}
-	resp, err := http.ReadResponse(bufio.NewReaderSize(&oneByte{c: c, left: maxHead}, 16), &http.Request{Method: http.MethodConnect})
+	resp, err := http.ReadResponse(bufio.NewReaderSize(&oneByte{c: c, left: tunnel.MaxHead}, 16), &http.Request{Method: http.MethodConnect})
 	if err != nil {
 		return err
 	}
