@@ -148,11 +148,12 @@ func (a *Agent) dialGateway(ctx context.Context, g sallyport.GatewayInfo, s *log
 	dialCtx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
 	network := networkTo(u)
-	c, err := a.cfg.Dial(dialCtx, a.order(network), tunnel.DialConfig{Gateway: g, TLS: conf})
+	order := a.order(network)
+	c, err := a.cfg.Dial(dialCtx, order, tunnel.DialConfig{Gateway: g, TLS: conf})
 	if err != nil {
 		return nil, tunnel.DialFailure(u.Host, err)
 	}
-	a.won(network, c.Name())
+	a.won(network, order, c.Name())
 	l := &link{carrier: c, gateway: g, host: u.Hostname(), session: s.Session, since: time.Now(), owed: make(chan struct{}, 1), hears: make(chan struct{}),
 		cuts: map[sallyport.FlowID]connect.Event{}, waiting: map[sallyport.FlowID]chan struct{}{}}
 	// Before the first question, so that it is answered from what is true now.
