@@ -5,9 +5,7 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"syscall"
 	"testing"
-	"time"
 
 	"sallyport/internal/relay"
 	"sallyport/tunnel"
@@ -50,12 +48,6 @@ func benchmarkCarry(b *testing.B, c Carrier, up bool) {
 		b.Fatal(err)
 	}
 	b.ReportMetric((cpu()-before).Seconds()/float64(total)*1e9, "cpu-s/GB")
-}
-
-func cpu() time.Duration {
-	var u syscall.Rusage
-	syscall.Getrusage(syscall.RUSAGE_SELF, &u)
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 // BenchmarkOpen opens a flow, waits for the first byte back, and closes it.
