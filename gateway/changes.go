@@ -124,12 +124,17 @@ func (t *table) settle(b batch, first int, answers []sallyport.Decision) (cuts [
 			continue
 		}
 		t.fresh.saw(d)
-		// A route that leads elsewhere ends the way to where it led before.
-		if d.Allowed() && (g.isCarrier() || d.Upstream == g.decision.Upstream) {
+		elsewhere := !g.isCarrier() && d.Upstream != g.decision.Upstream
+		if d.Allowed() && !elsewhere {
 			t.step(g, renew)
 			t.restOn(g, d, b.asked, b.questions[first+i].Peer.Addr(), b.at)
 			continue
 		}
+		if d.Allowed() && g.state == dialling {
+			continue // the flow's own goroutine asks once more, and dials the right one
+		}
+		// Also an allow ends a live flow whose route leads elsewhere now: what it
+		// was connected to is not what is allowed.
 		if w, ok := t.withdraw(g, cutFor(d, *g.due)); ok {
 			cuts = append(cuts, w)
 		}

@@ -15,11 +15,13 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"sallyport"
+	"sallyport/proto/connect"
+	"sallyport/tunnel"
+	"sallyport/tunnel/h3"
+	"sallyport/tunnel/lane"
 )
 
 const (
-	// handshakeTimeout is how long a TLS handshake may take.
-	handshakeTimeout = 10 * time.Second
 	// acceptPause is the longest wait after a failed accept (no descriptors left):
 	// connections end meanwhile, and a busy loop would help nobody.
 	acceptPause = time.Second
@@ -37,12 +39,6 @@ type host struct {
 	serve func(context.Context, *tls.Conn)
 }
 
-// trust is whom the tunnel host believes: immutable, replaced as a whole.
-type trust struct {
-	lane *tls.Config // http/1.1 over TCP
-	quic *tls.Config // h3 over QUIC
-}
-
 // believe replaces the session CAs. Connections that were let in under the
 // earlier ones stay: their sessions are decided on by policyd, not by the CA.
 func (s *Server) believe(t sallyport.Trust) error {
@@ -50,28 +46,19 @@ func (s *Server) believe(t sallyport.Trust) error {
 	if !pool.AppendCertsFromPEM([]byte(t.SessionCAs)) {
 		return errNoCAs
 	}
-	s.trust.Store(&trust{lane: s.tunnelConfig(pool, "http/1.1"), quic: s.tunnelConfig(pool, "h3")})
+	s.trust.Store(&trust{
+		lane: tunnel.ServerTLS(s.deps.Certificate, pool, lane.NextProto),
+		quic: tunnel.ServerTLS(s.deps.Certificate, pool, h3.NextProto),
+	})
 	s.log.Info("session CAs taken")
 	return nil
 }
 
-// tunnelConfig is the tunnel host's: TLS 1.3, a client certificate of one of the
-// session CAs, no tickets (a resumed handshake would prove an old certificate)
-// and with them no 0-RTT.
-func (s *Server) tunnelConfig(sessionCAs *x509.CertPool, proto string) *tls.Config {
-	return &tls.Config{
-		MinVersion:             tls.VersionTLS13,
-		ClientAuth:             tls.RequireAndVerifyClientCert,
-		ClientCAs:              sessionCAs,
-		NextProtos:             []string{proto},
-		SessionTicketsDisabled: true,
-		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-			if c := s.deps.Certificate(); c != nil {
-				return c, nil
-			}
-			return nil, errNotReady
-		},
-	}
+// trust is the tunnel host's TLS configuration with the session CAs that it
+// believes: immutable, replaced as a whole.
+type trust struct {
+	lane *tls.Config // http/1.1 over TCP
+	quic *tls.Config // h3 over QUIC
 }
 
 var (
@@ -94,10 +81,7 @@ func (s *Server) tunnelLane(hello *tls.ClientHelloInfo) (*tls.Config, error) {
 
 // tunnelQUIC returns the tunnel host's configuration for QUIC, which serves no
 // other host.
-func (s *Server) tunnelQUIC(hello *tls.ClientHelloInfo) (*tls.Config, error) {
-	if strings.ToLower(hello.ServerName) != s.cfg.host() {
-		return unknownHost, nil
-	}
+func (s *Server) tunnelQUIC(*tls.ClientHelloInfo) (*tls.Config, error) {
 	if t := s.trust.Load(); t != nil {
 		return t.quic, nil
 	}
@@ -173,27 +157,16 @@ func passing(err error) bool {
 // to its host.
 func (s *Server) serveConn(ctx context.Context, c net.Conn, config *tls.Config, shaken func()) {
 	t := tls.Server(c, config)
-	hctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
+	hctx, cancel := context.WithTimeout(ctx, tunnel.HandshakeTimeout)
 	err := t.HandshakeContext(hctx)
 	cancel()
 	shaken()
 	if err != nil {
-		s.log.Debug("handshake refused", "peer", c.RemoteAddr().String(), "error", printable(err.Error()))
+		s.log.Debug("handshake refused", "peer", c.RemoteAddr().String(), "error", connect.Printable(err.Error(), 200))
 		c.Close()
 		return
 	}
 	s.hosts[strings.ToLower(t.ConnectionState().ServerName)].serve(ctx, t)
-}
-
-// printable keeps what a peer wrote from steering a terminal.
-func printable(s string) string {
-	s = strings.Map(func(r rune) rune {
-		if r < 0x20 || r > 0x7e {
-			return '?'
-		}
-		return r
-	}, s)
-	return s[:min(len(s), 200)]
 }
 
 // budget bounds what is under way from all sources, and from one.

@@ -10,6 +10,7 @@ import (
 	"sallyport"
 	"sallyport/proto/connect"
 	"sallyport/tunnel"
+	"sallyport/tunnel/lane"
 )
 
 // table holds every live carrier and flow, and what is known about changes. Its
@@ -46,9 +47,6 @@ func newTable(l Limits) *table {
 	}
 }
 
-// laneCarrier is the name of carriers that carry one flow each.
-const laneCarrier = "tls"
-
 // admit registers a new connection, or refuses it because the session holds
 // enough of them; the ones it holds are not touched.
 func (t *table) admit(c tunnel.ServerConn) (*grant, error) {
@@ -61,7 +59,7 @@ func (t *table) admit(c tunnel.ServerConn) (*grant, error) {
 	}
 	h := t.holding(p.Session)
 	count, limit := &h.carriers, t.limits.Carriers
-	if p.Carrier == laneCarrier {
+	if p.Carrier == lane.Name {
 		count, limit = &h.lanes, t.limits.Lanes
 	}
 	if *count >= limit {
@@ -187,7 +185,7 @@ func (t *table) stands(g *grant, now time.Time) bool {
 }
 
 func (t *table) standsLocked(g *grant, now time.Time) bool {
-	return g.state == dialling && t.fresh.mayOpen(now) == nil &&
+	return g.state == dialling && g.due == nil && t.fresh.mayOpen(now) == nil &&
 		(g.validUntil.IsZero() || now.Before(g.validUntil)) &&
 		t.fresh.current(g.decision, g.session, g.asked)
 }
@@ -222,7 +220,7 @@ func (t *table) release(g *grant) {
 	case !g.isCarrier():
 		h.flows--
 		delete(g.carrier.flows, g)
-	case g.conn.Peer().Carrier == laneCarrier:
+	case g.conn.Peer().Carrier == lane.Name:
 		h.lanes--
 		delete(t.carriers, g.conn)
 	default:
@@ -321,9 +319,15 @@ func (t *table) decisionOf(g *grant) sallyport.Decision {
 	return g.decision
 }
 
-// flows counts the flows of all sessions.
-func (t *table) flows() int {
+// flowCount counts the flows of all sessions.
+func (t *table) flowCount() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return len(t.grants) - len(t.carriers)
+}
+
+func (t *table) carrierCount() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.carriers)
 }

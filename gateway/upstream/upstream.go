@@ -46,8 +46,9 @@ type Dialer struct {
 	// Timeout bounds one Dial; 0: 10 s.
 	Timeout time.Duration
 
-	// dial replaces the network in tests.
+	// dial and wrap replace the network in tests.
 	dial func(ctx context.Context, addr netip.AddrPort) (net.Conn, error)
+	wrap func(net.Conn) relay.Conn
 }
 
 // Dial connects to u and returns when the service has accepted. Every error is a
@@ -178,7 +179,7 @@ func (d *Dialer) race(ctx context.Context, addrs []netip.AddrPort) (relay.Conn, 
 		case r := <-results:
 			ended++
 			if r.err == nil {
-				return wrap(r.conn), nil
+				return d.conn(r.conn), nil
 			}
 			if first == nil {
 				first = r.err
@@ -212,7 +213,10 @@ func (d *Dialer) dialOne(ctx context.Context, addr netip.AddrPort) (net.Conn, er
 	return nd.DialContext(ctx, "tcp", addr.String())
 }
 
-func wrap(c net.Conn) relay.Conn {
+func (d *Dialer) conn(c net.Conn) relay.Conn {
+	if d.wrap != nil {
+		return d.wrap(c)
+	}
 	tcp := c.(*net.TCPConn) // dialOne dials "tcp" only
 	tcp.SetNoDelay(true)
 	return relay.TCP(tcp)

@@ -1,6 +1,9 @@
 package policy
 
 import (
+	"cmp"
+	"strings"
+
 	"sallyport"
 )
 
@@ -15,7 +18,9 @@ func (s *Set) Reasons(in *Input, a Answer, all bool) []sallyport.Reason {
 	in.site = &s.site
 	switch {
 	case in.Person == nil && a.Verdict == sallyport.VerdictLogin:
-		return []sallyport.Reason{{Condition: "session", Wanted: "a live session", Found: "none", Result: Unknown.String()}}
+		return []sallyport.Reason{{
+			Condition: "session", Wanted: "a live session", Found: cmp.Or(in.Absent, "none"), Result: Unknown.String(),
+		}}
 	case a.route == nil, a.Verdict == sallyport.VerdictAllow && !all:
 		return nil
 	}
@@ -40,6 +45,19 @@ func (s *Set) Reasons(in *Input, a Answer, all bool) []sallyport.Reason {
 	return e.reasons
 }
 
+// opposite negates a matcher's words.
+func opposite(words string) string {
+	switch rest, is := strings.CutPrefix(words, "is "); {
+	case words == "is true":
+		return "is false"
+	case words == "is false":
+		return "is true"
+	case is && !strings.Contains(rest, " "):
+		return "is not " + rest
+	}
+	return "not: " + words
+}
+
 type explanation struct {
 	in      *Input
 	route   *route
@@ -57,7 +75,7 @@ func (e *explanation) add(r *rule, c criterion, got, want Value) {
 	}
 	wanted := c.wanted(e.open)
 	if want == False {
-		wanted = "not: " + wanted
+		wanted = opposite(wanted)
 	}
 	found, age := c.found(e.in)
 	e.reasons = append(e.reasons, sallyport.Reason{

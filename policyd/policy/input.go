@@ -17,6 +17,8 @@ type Input struct {
 	Request *sallyport.Request
 	// Person is who asks; nil without a live session.
 	Person *Person
+	// Absent says in words why there is no Person: "session revoked".
+	Absent string
 
 	site  *Options      // of the Set that decides
 	until time.Duration // how long what was looked at stays as it is; 0: for ever

@@ -31,7 +31,7 @@ var (
 
 // Policy returns the client's view of policyd.
 func (c *Client) Policy() *Policy {
-	return &Policy{client: c, rpc: pb.NewPolicyClient(c), revoker: revoker{pb.NewRevokerClient(c)}}
+	return &Policy{client: c, rpc: pb.NewPolicyClient(unaryConn{c}), revoker: revoker{pb.NewRevokerClient(unaryConn{c})}}
 }
 
 // Authorize implements sallyport.Authorizer.

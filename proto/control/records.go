@@ -28,7 +28,7 @@ var (
 
 // Records returns the client's view of cached.
 func (c *Client) Records() *Records {
-	return &Records{client: c, rpc: pb.NewRecordsClient(c), revoker: revoker{pb.NewRevokerClient(c)}}
+	return &Records{client: c, rpc: pb.NewRecordsClient(unaryConn{c}), revoker: revoker{pb.NewRevokerClient(unaryConn{c})}}
 }
 
 // Get implements sallyport.Records.

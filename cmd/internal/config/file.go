@@ -13,7 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
-	"strings"
+	"time"
 
 	"go.yaml.in/yaml/v3"
 
@@ -23,6 +23,7 @@ import (
 	"sallyport/gateway"
 	"sallyport/internal/fault"
 	"sallyport/internal/logging"
+	"sallyport/internal/telemetry"
 	"sallyport/policyd"
 	"sallyport/policyd/policy"
 )
@@ -100,7 +101,7 @@ type Audit struct {
 	OnFailure string `yaml:"on_failure"`
 }
 
-// Connect lists addresses, host:port, or unix:PATH for an admin socket.
+// Connect lists addresses, host:port.
 type Connect struct {
 	Policyd []string `yaml:"policyd"`
 	Cached  []string `yaml:"cached"`
@@ -244,12 +245,6 @@ func (f *File) checkConnect(reader string) fault.List {
 }
 
 func checkDial(l *fault.List, key, addr string) {
-	if path, ok := strings.CutPrefix(addr, "unix:"); ok {
-		if !filepath.IsAbs(path) {
-			l.Addf(key, "%.80q is no absolute path", path)
-		}
-		return
-	}
 	t, err := sallyport.ParseAuthority(sallyport.TCP, addr)
 	if err != nil {
 		l.Addf(key, "%v", err)
@@ -262,25 +257,14 @@ func checkDial(l *fault.List, key, addr string) {
 // metrics are nobody else's business (SECURITY-CASES J7).
 func (a Admin) validate() fault.List {
 	var l fault.List
-	for key, addr := range map[string]string{
-		"gateway": a.Gateway, "authd": a.Authd, "policyd": a.Policyd, "cached": a.Cached, "serve": a.Serve,
+	for _, x := range []struct{ key, addr string }{
+		{"gateway", a.Gateway}, {"authd", a.Authd}, {"policyd", a.Policyd}, {"cached", a.Cached}, {"serve", a.Serve},
 	} {
-		if addr == "" {
+		if x.addr == "" {
 			continue
 		}
-		if path, ok := strings.CutPrefix(addr, "unix:"); ok {
-			if !filepath.IsAbs(path) {
-				l.Addf(key, "%.80q is no absolute path", path)
-			}
-			continue
-		}
-		host, _, err := net.SplitHostPort(addr)
-		ip := net.ParseIP(host)
-		switch {
-		case err != nil:
-			l.Addf(key, "%.80q is neither host:port nor unix:PATH", addr)
-		case ip == nil || !ip.IsLoopback():
-			l.Addf(key, "%.80q is not a loopback address: the admin listener has no login (use 127.0.0.1:PORT or unix:PATH)", addr)
+		if err := telemetry.CheckListen(x.addr); err != nil {
+			l.Addf(x.key, "%v", err)
 		}
 	}
 	return l
@@ -317,6 +301,19 @@ func (f *File) checkPolicy(d *decoder, key string, n *yaml.Node) {
 	}
 	for _, e := range faults {
 		d.fault(e.Line, key, "column %d: %s", e.Column, e.Message)
+	}
+}
+
+// compile lets policyd's own compiler say what is wrong with the routes taken
+// together: two for one place, destinations that no gateway may dial.
+func (f *File) compile(l *fault.List) {
+	r := f.Record(nil, f.publicHosts(), time.Time{})
+	_, err := policy.Compile(r.Routes, policy.Options{
+		Sources: r.PostureSources, TTL: r.PostureTTL, Forbidden: r.Forbidden, ExplainGroups: r.ExplainGroups,
+	})
+	var faults fault.List
+	if errors.As(err, &faults) {
+		*l = append(*l, faults...)
 	}
 }
 

@@ -3,6 +3,7 @@ package config
 import (
 	"crypto/ed25519"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
@@ -10,6 +11,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"time"
 
 	"sallyport"
 	"sallyport/internal/tlsid"
@@ -19,7 +22,7 @@ import (
 // a file name in it.
 //
 //	keys/{internal-ca,public-ca,session-ca}.{crt,key}  one CA, one purpose
-//	keys/{records,seal,cookies}.key                    32 random bytes each
+//	keys/{records,seal}.key                            32 random bytes each
 //	keys/audit-<daemon>.{key,pub}                      Ed25519, signs audit heads
 //	svc/<kind>.{crt,key}                               daemon to daemon
 //	svc/{gateway,authd}-public.{crt,key}               listeners without a certificate of their own
@@ -33,9 +36,6 @@ type Layout struct {
 // Daemons are the four services, in the order in which they start.
 var Daemons = []string{"cached", "policyd", "authd", "gateway"}
 
-// Operator is the kind of the service certificate that people's tools use.
-const Operator = "operator"
-
 // Names of the CAs and secrets of a Layout.
 const (
 	InternalCA = "internal-ca" // signs service certificates
@@ -44,7 +44,6 @@ const (
 
 	RecordsKey = "records" // MACs of records at rest
 	SealKey    = "seal"    // encrypts IdP tokens at rest
-	CookiesKey = "cookies" // authd's cookies
 )
 
 // Database is the file of cached's SQLite store.
@@ -76,11 +75,36 @@ func (l Layout) pair(dir, name string) (cert, key string) {
 	return base + ".crt", base + ".key"
 }
 
+// FilesOf returns the files of keys and certificates that a daemon, or the
+// operator's tool, needs on its machine.
+func (l Layout) FilesOf(who string) []string {
+	ca, _ := l.CAPair(InternalCA)
+	cert, key := l.ServicePair(who)
+	files := []string{ca, cert, key}
+	if slices.Contains(Daemons, who) {
+		_, audit := l.pair("keys", "audit-"+who)
+		files = append(files, audit)
+	}
+	switch who {
+	case "cached":
+		files = append(files, l.secret(RecordsKey))
+	case "authd":
+		sessionCert, sessionKey := l.CAPair(SessionCA)
+		files = append(files, sessionCert, sessionKey, l.secret(SealKey))
+	}
+	if who == "authd" || who == "gateway" {
+		publicCA, _ := l.CAPair(PublicCA)
+		publicCert, publicKey := l.PublicPair(who)
+		files = append(files, publicCA, publicCert, publicKey)
+	}
+	return files
+}
+
 // CA loads one of the CAs.
 func (l Layout) CA(name string) (*tlsid.CA, error) {
 	ca, err := tlsid.LoadCA(l.CAPair(name))
 	if err != nil {
-		return nil, missing(err)
+		return nil, Missing(err)
 	}
 	return ca, nil
 }
@@ -89,7 +113,7 @@ func (l Layout) CA(name string) (*tlsid.CA, error) {
 func (l Layout) Secret(name string) ([]byte, error) {
 	b, err := tlsid.ReadKeyFile(l.secret(name))
 	if err != nil {
-		return nil, missing(err)
+		return nil, Missing(err)
 	}
 	if len(b) != 32 {
 		return nil, fmt.Errorf("%s: %d bytes, want 32: the file is damaged; restore it from a backup", l.secret(name), len(b))
@@ -104,7 +128,7 @@ func (l Layout) AuditKey(daemon string) (ed25519.PrivateKey, error) {
 	_, file := l.pair("keys", "audit-"+daemon)
 	b, err := tlsid.ReadKeyFile(file)
 	if err != nil {
-		return nil, missing(err)
+		return nil, Missing(err)
 	}
 	key, err := parsePEM(b, "PRIVATE KEY", x509.ParsePKCS8PrivateKey)
 	private, ok := key.(ed25519.PrivateKey)
@@ -119,7 +143,7 @@ func (l Layout) AuditKey(daemon string) (ed25519.PrivateKey, error) {
 func (l Layout) AuditPublicKey(daemon string) (ed25519.PublicKey, error) {
 	b, err := os.ReadFile(l.auditPublic(daemon))
 	if err != nil {
-		return nil, missing(err)
+		return nil, Missing(err)
 	}
 	key, err := parsePEM(b, "PUBLIC KEY", x509.ParsePKIXPublicKey)
 	public, ok := key.(ed25519.PublicKey)
@@ -141,7 +165,8 @@ func parsePEM(b []byte, typ string, parse func([]byte) (any, error)) (any, error
 	return parse(block.Bytes)
 }
 
-func missing(err error) error {
+// Missing tells how a key file that does not exist is made; other errors pass.
+func Missing(err error) error {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -168,7 +193,7 @@ func (l Layout) EnsureKeys() error {
 			return err
 		}
 	}
-	for _, name := range []string{RecordsKey, SealKey, CookiesKey} {
+	for _, name := range []string{RecordsKey, SealKey} {
 		if err := ensureFile(l.secret(name), randomKey); err != nil {
 			return err
 		}
@@ -179,6 +204,49 @@ func (l Layout) EnsureKeys() error {
 		}
 	}
 	return nil
+}
+
+// EnsureService makes or renews the certificate of a service kind.
+func (l Layout) EnsureService(domain, kind string, now time.Time) error {
+	cert, key := l.ServicePair(kind)
+	return l.ensureLeaf(cert, key, InternalCA, now, func(have *x509.Certificate) bool {
+		k, _, err := tlsid.Service(have, domain)
+		return err == nil && k == kind
+	}, func(ca *tlsid.CA) (tls.Certificate, error) {
+		return ca.IssueService(domain, kind, kind, nil, tlsid.ServiceLife)
+	})
+}
+
+// EnsurePublic makes or renews the certificate of a public listener that was
+// given none.
+func (l Layout) EnsurePublic(daemon, host string, now time.Time) error {
+	cert, key := l.PublicPair(daemon)
+	return l.ensureLeaf(cert, key, PublicCA, now, func(have *x509.Certificate) bool {
+		return have.VerifyHostname(host) == nil
+	}, func(ca *tlsid.CA) (tls.Certificate, error) {
+		return ca.IssueServer([]string{host}, tlsid.ServiceLife)
+	})
+}
+
+// ensureLeaf keeps a pair that its CA signed, that fits and that has half of its
+// life before it, and replaces any other.
+func (l Layout) ensureLeaf(cert, key, caName string, now time.Time, fits func(*x509.Certificate) bool, issue func(*tlsid.CA) (tls.Certificate, error)) error {
+	ca, err := l.CA(caName)
+	if err != nil {
+		return err
+	}
+	have, err := tlsid.LoadKeyPair(cert, key)
+	if err == nil && have.Leaf.CheckSignatureFrom(ca.Certificate()) == nil && fits(have.Leaf) {
+		life := have.Leaf.NotAfter.Sub(have.Leaf.NotBefore)
+		if now.Before(have.Leaf.NotAfter.Add(-life / 2)) {
+			return nil
+		}
+	}
+	fresh, err := issue(ca)
+	if err != nil {
+		return err
+	}
+	return tlsid.SaveKeyPair(fresh, cert, key)
 }
 
 func (l Layout) ensureDirs() error {

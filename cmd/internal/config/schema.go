@@ -4,6 +4,14 @@ import (
 	"reflect"
 )
 
+// Schema returns the JSON Schema of the configuration file.
+func Schema() map[string]any {
+	s := schemaOf(reflect.TypeFor[File](), "", nil)
+	s["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+	s["title"] = "Sallyport configuration"
+	return s
+}
+
 // schemaOf returns the JSON Schema (draft 2020-12) of what the decoder takes for
 // type t. about maps key paths (without list indexes) to what the key means.
 func schemaOf(t reflect.Type, path string, about map[string]string) map[string]any {

@@ -23,6 +23,7 @@ import (
 
 	"sallyport/cmd/internal/config"
 	"sallyport/internal/logging"
+	"sallyport/internal/telemetry"
 )
 
 // Process is one running daemon. A start function gets it, opens everything that
@@ -35,6 +36,7 @@ type Process struct {
 	Config *config.File
 	Log    logging.Logger
 
+	metrics *telemetry.Registry
 	ctx     context.Context
 	group   *errgroup.Group
 	stdout  io.Writer
@@ -90,7 +92,7 @@ func Serve(ctx context.Context, name, file string, stdout, stderr io.Writer, sta
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 
-	p := &Process{Name: name, Config: cfg, Log: log.Named(name), stdout: stdout}
+	p := &Process{Name: name, Config: cfg, Log: log.Named(name), stdout: stdout, metrics: telemetry.NewRegistry()}
 	p.group, p.ctx = errgroup.WithContext(ctx)
 	err = start(p)
 	if err == nil {
