@@ -42,18 +42,19 @@ func DialFailure(host string, err error) error {
 	if errors.As(err, &known) {
 		return err
 	}
-	if refusedCertificate(err) {
-		return &sallyport.Error{
-			Outcome: sallyport.OutcomeLogin, Code: connect.ProblemLogin,
-			Message: fmt.Sprintf("gateway %s does not take this session's certificate", host),
-			Hint:    "run: agent login", Err: err,
-		}
-	}
+	// This first: a certificate we refuse shows up in QUIC as the alert we sent.
 	if why, ok := untrusted(err); ok {
 		return &sallyport.Error{
 			Outcome: sallyport.OutcomeUnavailable, Code: connect.ProblemUntrusted,
 			Message: fmt.Sprintf("gateway %s shows a certificate that is not to be trusted: %s", host, why),
 			Hint:    "somebody may be listening in; tell your administrator, or log in again if the site's CA changed", Err: err,
+		}
+	}
+	if refusedCertificate(err) {
+		return &sallyport.Error{
+			Outcome: sallyport.OutcomeLogin, Code: connect.ProblemLogin,
+			Message: fmt.Sprintf("gateway %s does not take this session's certificate", host),
+			Hint:    "run: agent login", Err: err,
 		}
 	}
 	message := fmt.Sprintf("gateway %s is out of reach", host)
@@ -102,8 +103,8 @@ func untrusted(err error) (why string, ok bool) {
 	return "", false
 }
 
-// CloseFailure returns what it means that a gateway closed a carrier with a code
-// of proto/connect.
+// CloseFailure returns what it means that a gateway closed a carrier, or a stream
+// before its answer, with a code of proto/connect.
 func CloseFailure(host string, code uint64, reason string) error {
 	e := &sallyport.Error{Outcome: sallyport.OutcomeUnavailable, Err: &ResetError{Code: code}}
 	switch code {
@@ -116,6 +117,12 @@ func CloseFailure(host string, code uint64, reason string) error {
 		e.Code, e.Message = connect.ProblemGatewayDown, fmt.Sprintf("gateway %s is going away", host)
 	case connect.CodeTooMany:
 		e.Code, e.Message = connect.ProblemTooMany, "this session has too many connections open"
+	case connect.CodeFlowWithdrawn:
+		e.Outcome, e.Code = sallyport.OutcomeRevoked, connect.ProblemWithdrawn
+		e.Message = "the connection is no longer allowed"
+	case connect.CodeUpstreamReset:
+		e.Outcome, e.Code = sallyport.OutcomeUpstream, connect.ProblemReset
+		e.Message = "you are allowed; the service reset the connection"
 	default:
 		e.Code, e.Message = connect.ProblemGatewayDown, fmt.Sprintf("gateway %s closed the connection", host)
 	}

@@ -159,6 +159,7 @@ func TestRefusalRoundTrip(t *testing.T) {
 		{Denial(sallyport.Decision{ID: "d-1", Verdict: sallyport.VerdictLogin}), 401, ProxyRequestDenied, ""},
 		{Denial(sallyport.Decision{ID: "d-2", Verdict: sallyport.VerdictNoRoute}), 404, ProxyNotFound, ""},
 		{Denial(sallyport.Decision{ID: "d-3", Verdict: sallyport.VerdictPending}), 403, ProxyRequestDenied, ""},
+		{&sallyport.Error{Outcome: sallyport.OutcomeRevoked, Code: ProblemWithdrawn, Message: "no longer"}, 403, ProxyRequestDenied, ""},
 		{&sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: ProblemBadTarget, Message: "bad"}, 400, ProxyRequestError, ""},
 		{&sallyport.Error{Outcome: sallyport.OutcomeUpstream, Code: ProblemRefused, Message: "refused"}, 502, ProxyRefused, ""},
 		{&sallyport.Error{Outcome: sallyport.OutcomeUpstream, Code: ProblemTimeout, Message: "timeout"}, 504, ProxyTimeout, ""},

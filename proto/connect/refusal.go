@@ -22,6 +22,7 @@ const (
 	ProblemSessionRevoked = "session_revoked"        // 401
 	ProblemDenied         = "denied"                 // 403
 	ProblemPending        = "approval_pending"       // 403
+	ProblemWithdrawn      = "flow_withdrawn"         // 403: allowed once, not any more
 	ProblemProhibited     = "upstream.prohibited"    // 403: an address that is never dialled
 	ProblemNotFound       = "target.unknown"         // 404
 	ProblemMisdirected    = "misdirected"            // 421: another host's request
@@ -126,8 +127,11 @@ func (p Problem) outcome() sallyport.Outcome {
 	case http.StatusUnauthorized:
 		return sallyport.OutcomeLogin
 	case http.StatusForbidden:
-		if p.Code == ProblemPending {
+		switch p.Code {
+		case ProblemPending:
 			return sallyport.OutcomePending
+		case ProblemWithdrawn:
+			return sallyport.OutcomeRevoked
 		}
 		return sallyport.OutcomeDenied
 	case http.StatusBadRequest, http.StatusNotFound:

@@ -149,11 +149,11 @@ func (c *carrier) encode(req *http.Request) ([]byte, error) {
 	if req.Body != nil {
 		defer req.Body.Close()
 		var err error
-		if body, err = io.ReadAll(io.LimitReader(req.Body, maxBody+1)); err != nil {
+		if body, err = io.ReadAll(io.LimitReader(req.Body, tunnel.MaxBody+1)); err != nil {
 			return nil, fmt.Errorf("request body: %w", err)
 		}
-		if len(body) > maxBody {
-			return nil, fmt.Errorf("request body: longer than %d bytes", maxBody)
+		if len(body) > tunnel.MaxBody {
+			return nil, fmt.Errorf("request body: longer than %d bytes", tunnel.MaxBody)
 		}
 	}
 	method := req.Method

@@ -66,7 +66,7 @@ func (d *dialer) dial(ctx context.Context) (*tls.Conn, error) {
 }
 
 func handshake(ctx context.Context, raw net.Conn, conf *tls.Config) (*tls.Conn, error) {
-	c := tls.Client(raw, conf)
+	c := tls.Client(Socket(raw), conf)
 	if err := c.HandshakeContext(ctx); err != nil {
 		raw.Close()
 		return nil, err
@@ -140,7 +140,7 @@ func askProxy(c net.Conn, user *url.Userinfo, address string) error {
 	if _, err := c.Write([]byte(request + "\r\n")); err != nil {
 		return err
 	}
-	resp, err := http.ReadResponse(bufio.NewReaderSize(&oneByte{c: c, left: maxHead}, 16), &http.Request{Method: http.MethodConnect})
+	resp, err := http.ReadResponse(bufio.NewReaderSize(&oneByte{c: c, left: tunnel.MaxHead}, 16), &http.Request{Method: http.MethodConnect})
 	if err != nil {
 		return err
 	}

@@ -10,21 +10,19 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+
+	"sallyport/tunnel"
 )
 
-const (
-	// maxHead bounds a request's or an answer's head, first line included.
-	maxHead = 16 << 10
-	// maxFields bounds the fields in it.
-	maxFields = 64
-)
+// maxFields bounds the fields of a head.
+const maxFields = 64
 
 var (
 	errHeadTooLarge = errors.New("head too large")
 	errBadHead      = errors.New("malformed head")
 )
 
-var headBuffers = sync.Pool{New: func() any { return new([maxHead]byte) }}
+var headBuffers = sync.Pool{New: func() any { return new([tunnel.MaxHead]byte) }}
 
 // head is the first line and the fields of a request or an answer.
 type head struct {
@@ -38,7 +36,7 @@ type head struct {
 // it is; a head that breaks the grammar wraps errBadHead. first, if not nil, is
 // called when the first byte has come.
 func readHead(r io.Reader, first func()) (head, error) {
-	buf := headBuffers.Get().(*[maxHead]byte)
+	buf := headBuffers.Get().(*[tunnel.MaxHead]byte)
 	defer headBuffers.Put(buf)
 	n := 0
 	for {

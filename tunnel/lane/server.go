@@ -34,9 +34,8 @@ const (
 	warmTimeout = 6 * time.Minute
 	// headTimeout is how long a head may take from its first byte on.
 	headTimeout = 10 * time.Second
-	// bodyTimeout and maxBody bound the body of a /v1 request.
+	// bodyTimeout is how long the body of a /v1 request may take.
 	bodyTimeout = 30 * time.Second
-	maxBody     = 1 << 20
 )
 
 // ServerConfig is what a Server needs.
@@ -61,16 +60,11 @@ type Server struct {
 
 // NewServer returns a Server.
 func NewServer(cfg ServerConfig) *Server {
-	s := &Server{cfg: cfg, host: hostname(cfg.Host), log: cfg.Log}
+	s := &Server{cfg: cfg, host: tunnel.Hostname(cfg.Host), log: cfg.Log}
 	if s.log == nil {
 		s.log = logging.Discard()
 	}
 	return s
-}
-
-func hostname(authority string) string {
-	u := url.URL{Host: authority}
-	return strings.ToLower(u.Hostname())
 }
 
 // ServeConn serves one connection and returns when it is over; it closes c. ctx
@@ -121,7 +115,7 @@ func (s *Server) serveRequest(ctx context.Context, c *serverConn) {
 	h, err := readHead(c.tls, func() { c.tls.SetReadDeadline(time.Now().Add(headTimeout)) })
 	switch {
 	case errors.Is(err, errBadHead), errors.Is(err, errHeadTooLarge):
-		c.refuse(badRequest(err))
+		c.refuse(tunnel.BadRequest(err))
 		return
 	case err != nil:
 		return // it was never used, or went away
@@ -129,7 +123,7 @@ func (s *Server) serveRequest(ctx context.Context, c *serverConn) {
 	c.tls.SetReadDeadline(time.Time{})
 	method, target, err := requestLine(h)
 	if err != nil {
-		c.refuse(badRequest(err))
+		c.refuse(tunnel.BadRequest(err))
 		return
 	}
 	if method == http.MethodConnect {
@@ -137,13 +131,6 @@ func (s *Server) serveRequest(ctx context.Context, c *serverConn) {
 		return
 	}
 	s.serveAPI(ctx, c, h, method, target)
-}
-
-func badRequest(err error) *sallyport.Error {
-	return &sallyport.Error{
-		Outcome: sallyport.OutcomeUsage, Code: connect.ProblemBadRequest,
-		Message: "the request is not well-formed", Err: err,
-	}
 }
 
 func requestLine(h head) (method, target string, err error) {
@@ -158,18 +145,18 @@ func requestLine(h head) (method, target string, err error) {
 func (s *Server) serveConnect(ctx context.Context, c *serverConn, h head, authority string) {
 	target, err := sallyport.ParseAuthority(sallyport.TCP, authority)
 	if err != nil {
-		c.refuse(&sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: connect.ProblemBadTarget, Message: err.Error()})
+		c.refuse(tunnel.BadTarget(err))
 		return
 	}
 	// RFC 9110, section 7.2: one Host, and for CONNECT it is the target.
 	host, ok := h.one("Host")
 	named, err := sallyport.ParseAuthority(sallyport.TCP, host)
 	if !ok || err != nil || named != target {
-		c.refuse(badRequest(fmt.Errorf("%w: Host is not the target", errBadHead)))
+		c.refuse(tunnel.BadRequest(fmt.Errorf("%w: Host is not the target", errBadHead)))
 		return
 	}
 	if len(h.fields["Content-Length"])+len(h.fields["Transfer-Encoding"]) > 0 {
-		c.refuse(badRequest(fmt.Errorf("%w: CONNECT has no content", errBadHead)))
+		c.refuse(tunnel.BadRequest(fmt.Errorf("%w: CONNECT has no content", errBadHead)))
 		return
 	}
 	st := &serverStream{c: c, target: target, header: h.fields, early: h.rest}
@@ -181,21 +168,20 @@ func (s *Server) serveAPI(ctx context.Context, c *serverConn, h head, method, ta
 	host, ok := h.one("Host")
 	length, err := h.contentLength()
 	u, uerr := url.ParseRequestURI(target)
-	switch {
-	case !ok || host == "" || err != nil || uerr != nil || !strings.HasPrefix(target, "/"):
-		c.refuse(badRequest(errors.Join(errBadHead, err, uerr)))
+	if !ok || host == "" || err != nil || uerr != nil || !strings.HasPrefix(target, "/") {
+		c.refuse(tunnel.BadRequest(errors.Join(errBadHead, err, uerr)))
 		return
-	case hostname(host) != s.host:
-		c.refuse(&sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: connect.ProblemMisdirected, Message: "another host's request"})
+	}
+	if refusal := tunnel.RefuseAPI(s.host, host, u.Path); refusal != nil {
+		c.refuse(refusal)
 		return
-	case len(h.fields["Upgrade"]) > 0:
-		c.refuse(&sallyport.Error{Outcome: sallyport.OutcomeInternal, Code: connect.ProblemUnsupported, Message: "this gateway carries no UDP"})
+	}
+	if len(h.fields["Upgrade"]) > 0 {
+		c.refuse(tunnel.Unsupported("upgrades"))
 		return
-	case !strings.HasPrefix(u.Path, "/v1/"):
-		c.refuse(&sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: connect.ProblemNotFound, Message: "the tunnel host serves CONNECT and /v1 only"})
-		return
-	case length > maxBody:
-		c.refuse(badRequest(errors.New("body too large")))
+	}
+	if length > tunnel.MaxBody {
+		c.refuse(tunnel.BadRequest(errors.New("body too large")))
 		return
 	}
 	ctx, cancel := context.WithCancel(ctx)
@@ -367,7 +353,7 @@ func (s *serverStream) Refuse(e *sallyport.Error) error {
 // finish is what the handler may have left undone.
 func (s *serverStream) finish() {
 	if s.answer() == nil {
-		s.c.refuse(&sallyport.Error{Outcome: sallyport.OutcomeInternal, Code: "internal", Message: "the request was not answered"})
+		s.c.refuse(tunnel.Unanswered())
 		return
 	}
 	if s.flow != nil {

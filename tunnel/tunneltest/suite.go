@@ -548,7 +548,6 @@ func testServerCertificates(t *testing.T, c Carrier) {
 	s := newSetup(t, c)
 	for name, edit := range map[string]func(*tunnel.DialConfig){
 		"another CA": func(d *tunnel.DialConfig) { d.TLS.RootCAs = newCA(t, "other").Pool() },
-		"wrong name": func(d *tunnel.DialConfig) { d.Gateway.URL = "https://other.localhost" },
 		"expired":    func(d *tunnel.DialConfig) { d.TLS.Time = func() time.Time { return time.Now().Add(48 * time.Hour) } },
 		"no roots":   func(d *tunnel.DialConfig) { d.TLS.RootCAs = x509.NewCertPool() },
 	} {
@@ -564,6 +563,21 @@ func testServerCertificates(t *testing.T, c Carrier) {
 			}
 		})
 	}
+	t.Run("wrong name", func(t *testing.T) {
+		other := *s.site
+		var err error
+		if other.Server, err = s.site.Public.IssueServer([]string{"other.localhost"}, time.Hour); err != nil {
+			t.Fatal(err)
+		}
+		addr := s.Listen(t, other.ServerTLS(s.NextProto), Domain, Host, s.gateway)
+		carrier, err := s.Dial(t.Context(), other.DialConfig(addr, s.site.Session(t, "s-1", nil)))
+		if err == nil {
+			carrier.Close()
+		}
+		if sallyport.CodeOf(err) != connect.ProblemUntrusted {
+			t.Errorf("%v; want %s", err, connect.ProblemUntrusted)
+		}
+	})
 	t.Run("nobody listens", func(t *testing.T) {
 		d := s.site.DialConfig(deadAddress(t), s.site.Session(t, "s-1", nil))
 		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
