@@ -27,10 +27,17 @@ const (
 // client_id=agent, redirect_uri, state, code_challenge, code_challenge_method=S256.
 const (
 	ParamDPoPJKT    = "dpop_jkt"    // RFC 7638 thumbprint of the device key, base64url
+	ParamDevice     = "device_id"   // device id of that key, so that a confirmed one is recognised
 	ParamDeviceName = "device_name" // host name as the agent claims it
 	ParamDeviceOS   = "device_os"
 	ParamExtend     = "extend" // session id to prolong: same ids, same user, later end
 )
+
+// The end of the browser's way is a GET of the agent's redirect_uri with "state"
+// and "iss" (authd's public URL, RFC 9207) and either "code", or "error" (RFC 6749,
+// section 4.1.2.1) with one of the stable codes ("oidc.bad_sub", "login.denied")
+// as "error_description". A failure that authd cannot tie to a flow of this
+// browser stays on authd's own page: the agent gives up at its own time limit.
 
 // Metadata is what an agent reads first.
 type Metadata struct {

@@ -1,0 +1,119 @@
+# Sallyport. `make help` lists what there is to make.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VERSION  ?= $(shell git describe --tags --dirty 2>/dev/null)
+BUILT    ?= $(shell git log -1 --format=%cI 2>/dev/null)
+LDFLAGS  := -s -w -X sallyport/cmd/internal/run.release=$(VERSION) -X sallyport/cmd/internal/run.built=$(BUILT)
+PREFIX   ?= /usr/local
+ARGS     ?=
+DURATION ?= 1m
+FUZZTIME ?= 20s
+KILLS    ?= 25
+TOOL     := go tool -modfile=tools/go.mod
+
+# Only what opens SQLite needs a C compiler.
+PURE := agent gateway authd policyd
+CGO  := cached sallyport
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: $(PURE:%=bin/%) $(CGO:%=bin/%) ## bin/agent bin/gateway bin/authd bin/policyd bin/cached bin/sallyport
+
+.PHONY: $(PURE:%=bin/%) $(CGO:%=bin/%)
+$(PURE:%=bin/%):
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./cmd/$(@F)
+$(CGO:%=bin/%):
+	CGO_ENABLED=1 go build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./cmd/$(@F)
+
+.PHONY: demo
+demo: bin/agent bin/sallyport ## the whole story on this machine; ARGS=--exit ends after it
+	@bin/sallyport demo $(ARGS)
+
+.PHONY: test
+test: needs build unit race stack ## everything that runs in CI
+
+.PHONY: needs
+needs: ## install what the tests need and this machine lacks (Debian)
+	@tools/needs.sh
+
+.PHONY: unit
+unit: ## unit, conformance, command-line and fuzz-seed tests
+	go vet ./...
+	go test -shuffle=on ./...
+
+.PHONY: race
+race: ## the same under the race detector
+	go test -race -shuffle=on ./...
+
+.PHONY: stack
+stack: build ## whole stacks: built binaries in one process and apart, foreign IdPs, ssh, psql, curl, Chromium
+	cd integration && go vet ./... && go test -shuffle=on -timeout 25m ./...
+
+.PHONY: lint
+lint: ## gofumpt, go vet, staticcheck
+	@bad=$$($(TOOL) gofumpt -l $$(git ls-files '*.go' | grep -v '\.pb\.go$$')); test -z "$$bad" || { echo "gofumpt would change:"; echo "$$bad"; exit 1; }
+	go vet ./...
+	$(TOOL) staticcheck ./...
+
+.PHONY: fmt
+fmt: ## format all Go files
+	$(TOOL) gofumpt -w $$(git ls-files '*.go' | grep -v '\.pb\.go$$')
+
+.PHONY: generate
+generate: ## write generated files anew
+	go generate ./...
+
+.PHONY: fuzz
+fuzz: ## each fuzz target for FUZZTIME (20s)
+	@for pkg in $$(grep -rl --include='*_test.go' '^func Fuzz' . | xargs -n1 dirname | sort -u); do \
+	  for f in $$(grep -ho '^func Fuzz[A-Za-z0-9_]*' $$pkg/*_test.go | sed 's/^func //'); do \
+	    echo "== $$pkg $$f"; (cd $$pkg && go test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) .); \
+	  done; done
+
+.PHONY: bench
+bench: build ## benchmarks, and whole stacks beside ssh -L in the same run
+	go test -run '^$$' -bench . -benchmem ./...
+	cd integration && go test -run '^$$' -bench . -benchtime 1x -timeout 30m ./...
+
+.PHONY: crash
+crash: build ## kill -9 cached under load KILLS (25) times, with a ledger kept outside
+	cd integration && go test -count=1 -timeout 30m -v -run 'TestCrash' . -args -kills=$(KILLS)
+
+.PHONY: soak
+soak: build ## rolling restarts under load for DURATION (1m)
+	cd integration && go test -count=1 -timeout 0 -v -run 'TestSoak' . -args -duration=$(DURATION)
+
+.PHONY: cover
+cover: ## test coverage by function, coverage.html
+	go test -coverprofile=coverage.out ./...
+	go tool cover -func=coverage.out | tail -n 1
+	go tool cover -html=coverage.out -o coverage.html
+
+.PHONY: install
+install: build ## copy the programs to PREFIX/bin (/usr/local)
+	install -d $(DESTDIR)$(PREFIX)/bin
+	install -m 0755 bin/agent bin/gateway bin/authd bin/policyd bin/cached bin/sallyport $(DESTDIR)$(PREFIX)/bin
+
+.PHONY: dist
+dist: ## dist/: the agent for every desktop, the daemons for this machine, checksums
+	rm -rf dist && mkdir -p dist
+	for os in linux darwin windows; do for arch in amd64 arm64; do \
+	  ext=; [ $$os = windows ] && ext=.exe; \
+	  CGO_ENABLED=0 GOOS=$$os GOARCH=$$arch go build -trimpath -ldflags '$(LDFLAGS)' -o dist/agent-$$os-$$arch$$ext ./cmd/agent; \
+	done; done
+	$(MAKE) build
+	tar -C bin -czf dist/sallyport-$$(go env GOOS)-$$(go env GOARCH).tar.gz gateway authd policyd cached sallyport
+	cd dist && sha256sum * > SHA256SUMS
+
+.PHONY: clean
+clean: ## remove what was built
+	rm -rf bin dist coverage.out coverage.html
+
+.PHONY: ci
+ci: ## what .ci/run runs
+	.ci/run

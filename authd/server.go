@@ -1,0 +1,342 @@
+// Package authd logs people in: it is the only relying party to the company's
+// identity provider (internal/oidcrp, or the embedded one in authd/idp) and the
+// only issuer of session certificates. It owns the way from an agent's
+// authorization request through the browser to a certificate, renewals, logout,
+// the consent for new device keys, and the records login, session, user,
+// directory_user and device at the instant of a login. Whether a session is
+// allowed to do anything is policyd's; that it ends when revoked is cached's and
+// policyd's.
+//
+// One login:
+//
+//	agent ──▶ browser: GET /authorize        state record, flow cookie
+//	          browser ──▶ identity provider ──▶ GET /callback
+//	                                           state consumed, ID token checked
+//	          new device key: page, POST /consent
+//	          browser ──▶ agent's loopback listener, with a code
+//	agent: POST /nonce, POST /token            code consumed, session written
+//
+// Everything that may be used once (state, consent, code, nonce) is consumed by
+// the same write that acts on it, and is stored by its hash and sealed.
+package authd
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"sallyport"
+	"sallyport/authd/idp"
+	"sallyport/internal/logging"
+	"sallyport/internal/oidcrp"
+	"sallyport/internal/tlsid"
+	"sallyport/proto/login"
+)
+
+// Deps is what authd works with. All fields but Log and Now are required.
+type Deps struct {
+	// Domain is the trust domain of session certificates.
+	Domain  string
+	Records sallyport.Records
+	Audit   sallyport.Auditor
+	Log     logging.Logger // nil: no log
+	// SessionCA signs session certificates and nothing else.
+	SessionCA *tlsid.CA
+	// SealKey, 32 random bytes, seals what authd stores of other people's secrets.
+	SealKey []byte
+	Now     func() time.Time // nil: time.Now
+}
+
+// Server is authd. It is safe for concurrent use.
+type Server struct {
+	deps   Deps
+	log    logging.Logger
+	now    func() time.Time
+	public string // public URL
+	issuer string // of the identity provider
+	rp     *oidcrp.Client
+	idp    *idp.Provider // nil beside another identity provider
+	vault  *vault
+	limits *limits
+
+	session   atomic.Pointer[Session] // the part of the configuration that a reload changes
+	published atomic.Bool             // the trust record stands
+}
+
+// New makes a server. It reads the files that cfg names and touches no network;
+// Run does the rest.
+func New(cfg Config, deps Deps) (*Server, error) {
+	if err := cfg.Validate().Err(); err != nil {
+		return nil, err
+	}
+	if deps.Log == nil {
+		deps.Log = logging.Discard()
+	}
+	if deps.Now == nil {
+		deps.Now = time.Now
+	}
+	if deps.Domain == "" || deps.Records == nil || deps.Audit == nil || deps.SessionCA == nil {
+		return nil, errors.New("authd: domain, records, audit and session CA are required")
+	}
+	v, err := newVault(deps.Records, deps.SealKey, deps.Now)
+	if err != nil {
+		return nil, err
+	}
+	s := &Server{
+		deps: deps, log: deps.Log, now: deps.Now,
+		public: cfg.publicURL(), vault: v, limits: newLimits(deps.Now),
+	}
+	s.session.Store(&cfg.Session)
+	if err := s.connectIDP(cfg); err != nil {
+		return nil, fmt.Errorf("authd: identity provider: %w", err)
+	}
+	return s, nil
+}
+
+// connectIDP makes the relying party, and before it the embedded provider if that
+// is what it relies on.
+func (s *Server) connectIDP(cfg Config) error {
+	conf := oidcrp.Config{
+		Issuer:       cfg.IDP.Issuer,
+		ClientID:     cfg.IDP.ClientID,
+		RedirectURL:  s.public + login.PathCallback,
+		Scopes:       cfg.IDP.Scopes,
+		GroupsClaim:  cfg.IDP.GroupsClaim,
+		GroupsString: cfg.IDP.GroupsString,
+		Now:          s.now,
+	}
+	if len(conf.Scopes) == 0 {
+		conf.Scopes = []string{"profile", "email"}
+	}
+	var err error
+	if cfg.embedded() {
+		err = s.embedIDP(cfg, &conf)
+	} else {
+		err = readIDPFiles(cfg.IDP, &conf)
+	}
+	if err != nil {
+		return err
+	}
+	s.issuer = conf.Issuer
+	s.rp, err = oidcrp.New(conf)
+	return err
+}
+
+func (s *Server) embedIDP(cfg Config, conf *oidcrp.Config) error {
+	provider, err := idp.New(idp.Config{
+		Issuer:      s.public + pathIDP,
+		ClientID:    embeddedClient,
+		RedirectURI: conf.RedirectURL,
+		Users:       cfg.Users,
+		FormAction:  "http://127.0.0.1:*", // agents' listeners, at the end of the redirects
+		Log:         s.log.Named("idp"),
+		Now:         s.now,
+	})
+	if err != nil {
+		return err
+	}
+	s.idp = provider
+	conf.Issuer, conf.ClientID, conf.ClientSecret = s.public+pathIDP, embeddedClient, provider.ClientSecret()
+	conf.GroupsClaim, conf.GroupsString = "", false
+	conf.Transport = provider.Transport()
+	return nil
+}
+
+func readIDPFiles(cfg IDP, conf *oidcrp.Config) error {
+	secret, err := readSecret(cfg.ClientSecretFile)
+	if err != nil {
+		return fmt.Errorf("client_secret_file: %w", err)
+	}
+	conf.ClientSecret = secret
+	if cfg.CAFile == "" {
+		return nil
+	}
+	if conf.RootCAs, err = tlsid.LoadPool(cfg.CAFile); err != nil {
+		return fmt.Errorf("ca_file: %w", err)
+	}
+	return nil
+}
+
+// Handler serves everything on the public listener.
+func (s *Server) Handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET "+login.PathMetadata, s.metadata)
+	mux.HandleFunc("GET "+login.PathAuthorize, s.inBrowser(s.authorize))
+	mux.HandleFunc("GET "+login.PathCallback, s.inBrowser(s.callback))
+	mux.HandleFunc("POST "+login.PathConsent, s.inBrowser(s.consent))
+	mux.HandleFunc("POST "+login.PathNonce, s.forAgent(s.nonce))
+	mux.HandleFunc("POST "+login.PathToken, s.forAgent(s.token))
+	mux.HandleFunc("POST "+login.PathRenew, s.forAgent(s.renew))
+	mux.HandleFunc("POST "+login.PathLogout, s.forAgent(s.logout))
+	mux.HandleFunc("GET /{$}", s.inBrowser(s.home))
+	if s.idp != nil {
+		mux.HandleFunc(pathIDP+"/", s.inBrowser(func(c *call) error {
+			s.idp.ServeHTTP(c.w, c.r)
+			return nil
+		}))
+	}
+	return s.secured(mux)
+}
+
+// Ready returns nil once logins work, else why they do not.
+func (s *Server) Ready() error {
+	if !s.published.Load() {
+		return errors.New("trust bundle is not published yet")
+	}
+	if err := s.rp.Ready(); err != nil {
+		return fmt.Errorf("identity provider: %w", err)
+	}
+	return nil
+}
+
+// Intervals of Run.
+const (
+	retryEvery     = time.Second
+	rediscover     = time.Hour
+	rediscoverSoon = 5 * time.Second // while the provider cannot be used
+)
+
+// Run publishes the session CA, brings the directory of the embedded provider
+// into the records, and keeps discovery fresh, until ctx ends.
+func (s *Server) Run(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return s.publish(ctx) })
+	group.Go(func() error { return s.keepDiscovered(ctx) })
+	if err := group.Wait(); ctx.Err() == nil {
+		return err
+	}
+	return nil
+}
+
+// publish writes what others need from authd, again and again until it stands.
+func (s *Server) publish(ctx context.Context) error {
+	for {
+		err := s.publishTrust(ctx)
+		if err == nil && s.idp != nil {
+			err = s.syncDirectory(ctx)
+		}
+		if err == nil {
+			s.published.Store(true)
+			return nil
+		}
+		s.log.Warn("records not written yet", "error", err)
+		if !wait(ctx, retryEvery) {
+			return ctx.Err()
+		}
+	}
+}
+
+func (s *Server) keepDiscovered(ctx context.Context) error {
+	for {
+		every := rediscover
+		if err := s.rp.Discover(ctx); err != nil {
+			s.log.Warn("identity provider not usable", "issuer", s.issuer, "error", err)
+			every = rediscoverSoon
+		}
+		if !wait(ctx, every) {
+			return ctx.Err()
+		}
+	}
+}
+
+// wait reports whether d passed before ctx ended.
+func wait(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// reloadTimeout bounds the writes of Reload.
+const reloadTimeout = 10 * time.Second
+
+// Reload takes over the embedded users and the session section of cfg. Users'
+// groups are in the records when it returns. What else changed needs a restart,
+// which the error says; nothing is taken over then.
+func (s *Server) Reload(cfg Config) error {
+	if err := cfg.Validate().Err(); err != nil {
+		return err
+	}
+	if cfg.embedded() != (s.idp != nil) || cfg.publicURL() != s.public || !cfg.embedded() && cfg.IDP.Issuer != s.issuer {
+		return errors.New("authd: public_url and the choice of identity provider need a restart")
+	}
+	s.session.Store(&cfg.Session)
+	if s.idp == nil {
+		return nil
+	}
+	if err := s.idp.SetUsers(cfg.Users); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), reloadTimeout)
+	defer cancel()
+	return s.syncDirectory(ctx)
+}
+
+// publishTrust puts the session CA into the trust record, beside earlier ones
+// that have not expired: certificates they signed are still in use.
+func (s *Server) publishTrust(ctx context.Context) error {
+	const id = "current"
+	own := string(s.deps.SessionCA.PEM())
+	rec, err := s.deps.Records.Get(ctx, sallyport.KindTrust, id)
+	if errors.Is(err, sallyport.ErrNotFound) {
+		op := sallyport.Put(sallyport.KindTrust, id, sallyport.Trust{SessionCAs: own})
+		op.If.Absent = true
+		_, err = s.deps.Records.Apply(ctx, []sallyport.Op{op})
+		return err
+	}
+	if err != nil {
+		return err
+	}
+	trust, err := sallyport.Decode[sallyport.Trust](rec)
+	if err != nil {
+		return err
+	}
+	bundle := append([]string{own}, slices.DeleteFunc(s.unexpired(trust.SessionCAs), func(p string) bool { return p == own })...)
+	merged := strings.Join(bundle, "")
+	if merged == trust.SessionCAs {
+		return nil
+	}
+	op := sallyport.Put(sallyport.KindTrust, id, sallyport.Trust{SessionCAs: merged})
+	op.If.Revision = rec.Revision
+	_, err = s.deps.Records.Apply(ctx, []sallyport.Op{op})
+	return err
+}
+
+// unexpired returns the certificates of a PEM bundle that still count, each as
+// PEM.
+func (s *Server) unexpired(bundle string) []string {
+	var out []string
+	for rest := []byte(bundle); ; {
+		var block *pem.Block
+		block, rest = pem.Decode(rest)
+		if block == nil {
+			return out
+		}
+		if cert, err := x509.ParseCertificate(block.Bytes); err == nil && cert.NotAfter.After(s.now()) {
+			out = append(out, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: block.Bytes})))
+		}
+	}
+}
+
+// origin is the public URL as browsers name it in Origin.
+func (s *Server) origin() string {
+	u, err := url.Parse(s.public)
+	if err != nil { // Validate has parsed it
+		return s.public
+	}
+	return strings.ToLower(u.Scheme + "://" + u.Host)
+}

@@ -1,0 +1,146 @@
+package config
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+
+	"sallyport"
+)
+
+// Record returns the configuration record that the file stands for: routes and
+// policy under one revision (DESIGN, section 5). gateways is where agents find
+// them; own are addresses that processes listen on beside those in the file.
+func (f *File) Record(gateways []sallyport.GatewayInfo, own []string, now time.Time) sallyport.Config {
+	routes := make([]sallyport.Route, len(f.Routes))
+	for i, r := range f.Routes {
+		routes[i] = routeOf(r)
+	}
+	return sallyport.Config{
+		Domain:         f.Domain,
+		Routes:         routes,
+		Gateways:       gateways,
+		ExplainGroups:  f.ExplainGroups,
+		PostureSources: f.Policyd.PostureSources,
+		PostureTTL:     f.Policyd.PostureTTL,
+		Forbidden:      slices.Compact(slices.Sorted(slices.Values(append(f.forbidden(), own...)))),
+		Applied:        now.UTC(),
+		Source:         f.path,
+	}
+}
+
+// forbidden lists what the file says that our own processes listen on. An
+// address without a host stands for every address of the machine.
+func (f *File) forbidden() []string {
+	var all []string
+	add := func(addrs ...string) {
+		for _, a := range addrs {
+			host, port, err := net.SplitHostPort(strings.TrimPrefix(a, "unix:"))
+			if err != nil || port == "0" || port == "" {
+				continue
+			}
+			if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
+				host = ""
+			}
+			all = append(all, net.JoinHostPort(host, port))
+		}
+	}
+	if f.present["gateway"] {
+		add(f.Gateway.Listen)
+		if f.Gateway.Listen == "" {
+			add(":443")
+		}
+		add(f.Gateway.Addresses...)
+	}
+	add(f.Authd.Listen, f.Cached.Listen, f.Policyd.Listen, f.Connect.Authd)
+	add(f.Connect.Policyd...)
+	add(f.Connect.Cached...)
+	add(f.Admin.Gateway, f.Admin.Authd, f.Admin.Policyd, f.Admin.Cached, f.Admin.Serve)
+	return all
+}
+
+// publicHosts are the host:port of our own public URLs, where no route may lead.
+func (f *File) publicHosts() []string {
+	var all []string
+	for _, raw := range []string{f.Gateway.PublicURL, f.Authd.PublicURL} {
+		u, err := url.Parse(raw)
+		if err != nil || u.Host == "" {
+			continue
+		}
+		port := u.Port()
+		switch port {
+		case "":
+			port = "443"
+		case "0":
+			continue // not known yet
+		}
+		all = append(all, net.JoinHostPort(strings.ToLower(u.Hostname()), port))
+	}
+	return all
+}
+
+// GatewayInfo is how agents find the file's gateway; url and ca are those that it
+// really has.
+func (f *File) GatewayInfo(url, ca string) sallyport.GatewayInfo {
+	name := f.Gateway.Name
+	if name == "" {
+		name = hostOf(url)
+	}
+	return sallyport.GatewayInfo{Name: name, URL: url, Addresses: f.Gateway.Addresses, CA: ca}
+}
+
+func hostOf(rawURL string) string {
+	u, err := url.Parse(rawURL)
+	if err != nil {
+		return ""
+	}
+	return u.Hostname()
+}
+
+// Apply writes next as the configuration record. If the record already says the
+// same, nothing is written and the revision stays. changed tells which happened.
+func Apply(ctx context.Context, records sallyport.Records, next sallyport.Config) (changed bool, err error) {
+	op := sallyport.Put(sallyport.KindConfig, currentConfig, next)
+	have, err := records.Get(ctx, sallyport.KindConfig, currentConfig)
+	switch {
+	case errors.Is(err, sallyport.ErrNotFound):
+		op.If.Absent = true
+	case err != nil:
+		return false, fmt.Errorf("apply configuration: %w", err)
+	default:
+		op.If.Revision = have.Revision
+		if old, err := sallyport.Decode[sallyport.Config](have); err == nil && same(old, next) {
+			return false, nil
+		}
+	}
+	if _, err := records.Apply(ctx, []sallyport.Op{op}); err != nil {
+		return false, fmt.Errorf("apply configuration: %w", err)
+	}
+	return true, nil
+}
+
+const currentConfig = "current"
+
+// same compares what two configurations mean, not where they came from.
+func same(a, b sallyport.Config) bool {
+	a.Applied, a.Source, b.Applied, b.Source = time.Time{}, "", time.Time{}, ""
+	x, errX := json.Marshal(a)
+	y, errY := json.Marshal(b)
+	return errX == nil && errY == nil && bytes.Equal(x, y)
+}
+
+// PortOf returns the port in rawURL; empty if it names none.
+func PortOf(rawURL string) string {
+	u, err := url.Parse(rawURL)
+	if err != nil {
+		return ""
+	}
+	return u.Port()
+}

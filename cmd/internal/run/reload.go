@@ -1,0 +1,92 @@
+package run
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"sallyport/cmd/internal/config"
+)
+
+const pollEvery = 500 * time.Millisecond
+
+// OnReload has f called with each changed, valid configuration. Every f must
+// take the whole change or nothing of it.
+func (p *Process) OnReload(f func(*config.File) error) { p.reloads = append(p.reloads, f) }
+
+// Stale returns why the file that lies there now is not what the process runs
+// with; nil if it is.
+func (p *Process) Stale() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.stale
+}
+
+// watch takes changes of the file over, on SIGHUP and when it changes on disk.
+func (p *Process) watch(file string) func(context.Context) error {
+	return func(ctx context.Context) error {
+		hup := make(chan os.Signal, 1)
+		signal.Notify(hup, syscall.SIGHUP)
+		defer signal.Stop(hup)
+		tick := time.NewTicker(pollEvery)
+		defer tick.Stop()
+		running, seen := p.Config, stamp(file)
+		for {
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-hup:
+			case <-tick.C:
+				if stamp(file) == seen {
+					continue
+				}
+			}
+			seen = stamp(file)
+			next, err := p.reload(running, file)
+			p.mu.Lock()
+			p.stale = err
+			p.mu.Unlock()
+			if err != nil {
+				p.Log.Error("configuration not taken, the old one stays", "file", file, "error", err)
+				continue
+			}
+			running = next
+		}
+	}
+}
+
+// reload returns the configuration that is in force afterwards.
+func (p *Process) reload(running *config.File, file string) (*config.File, error) {
+	next, err := config.Load(file, p.Name)
+	if err != nil {
+		return nil, err
+	}
+	changed, fixed := config.Changed(running, next)
+	if len(fixed) > 0 {
+		p.Log.Warn("changed keys need a restart", "keys", strings.Join(fixed, ", "))
+	}
+	for _, f := range p.reloads {
+		if err := f(next); err != nil {
+			return nil, fmt.Errorf("reload: %w", err)
+		}
+	}
+	p.Log.Info("configuration reloaded", "file", file, "changed", strings.Join(changed, ", "))
+	return next, nil
+}
+
+// stamp tells two states of a file apart without reading it.
+func stamp(file string) string {
+	fi, err := os.Stat(file)
+	if err != nil {
+		return err.Error()
+	}
+	var inode uint64
+	if st, ok := fi.Sys().(*syscall.Stat_t); ok {
+		inode = st.Ino
+	}
+	return fmt.Sprint(fi.ModTime().UnixNano(), fi.Size(), inode)
+}

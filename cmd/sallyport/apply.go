@@ -1,0 +1,109 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"sallyport"
+	"sallyport/cmd/internal/config"
+	"sallyport/cmd/internal/run"
+	"sallyport/internal/logging"
+	"sallyport/proto/control"
+)
+
+func applyCommand() *cobra.Command {
+	var file string
+	cmd := &cobra.Command{
+		Use:   "apply --config FILE",
+		Short: "make the file's routes and policies the ones in force",
+		Long: `Writes routes and policies of the file into cached as one record; every policyd
+takes it over at once, and its revision is the policy revision that decisions
+name. For daemons that run apart; the all-in-one does it by itself.`,
+		Args: run.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			f, err := config.Load(file, config.Tool)
+			if err != nil {
+				return err
+			}
+			ctx, cancel := context.WithTimeout(cmd.Context(), 15*time.Second)
+			defer cancel()
+			return apply(ctx, cmd, f)
+		},
+	}
+	run.ConfigFlag(cmd, &file)
+	return cmd
+}
+
+func apply(ctx context.Context, cmd *cobra.Command, f *config.File) error {
+	gateways, err := gatewaysOf(f)
+	if err != nil {
+		return err
+	}
+	client, err := dial(f, control.KindCached)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	changed, err := config.Apply(ctx, client.Records(), f.Record(gateways, nil, time.Now()))
+	if err != nil {
+		return err
+	}
+	have, err := client.Records().Get(ctx, sallyport.KindConfig, "current")
+	if err != nil {
+		return err
+	}
+	word := "applied"
+	if !changed {
+		word = "already in force"
+	}
+	_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: %d routes, policy revision %d\n", word, len(f.Routes), have.Revision)
+	return err
+}
+
+// gatewaysOf tells agents of the file's gateway.
+func gatewaysOf(f *config.File) ([]sallyport.GatewayInfo, error) {
+	g := f.Gateway
+	if g.PublicURL == "" {
+		return nil, run.Usage("add the section gateway, as the gateway has it", "%s: gateway.public_url is required: agents learn of it by this record", f.Path())
+	}
+	if config.PortOf(g.PublicURL) == "0" {
+		return nil, run.Usage("write the port that the gateway's ready line names", "%s: gateway.public_url has port 0", f.Path())
+	}
+	ca := ""
+	if g.TLS.CertFile == "" {
+		caFile, _ := f.Layout().CAPair(config.PublicCA)
+		pem, err := os.ReadFile(caFile)
+		if err != nil {
+			return nil, config.Missing(err)
+		}
+		ca = string(pem)
+	}
+	return []sallyport.GatewayInfo{f.GatewayInfo(g.PublicURL, ca)}, nil
+}
+
+// dial connects to cached or policyd as an operator: by the admin socket if the
+// daemon runs on this machine, else with the operator's certificate.
+func dial(f *config.File, kind string) (*control.Client, error) {
+	socket := f.Layout().Socket(kind)
+	if _, err := os.Lstat(socket); err == nil {
+		return control.Dial([]string{"unix:" + socket}, nil, logging.Discard())
+	}
+	addrs := f.Connect.Cached
+	if kind == control.KindPolicyd {
+		addrs = f.Connect.Policyd
+	}
+	if len(addrs) == 0 {
+		return nil, run.Failure(kind+" does not run here and connect."+kind+" names no other place",
+			"is it started? its socket would be "+socket, errors.New("nothing to connect to"))
+	}
+	id, err := run.LoadIdentity(f, control.KindOperator)
+	if err != nil {
+		return nil, err
+	}
+	return control.Dial(addrs, id.Client(kind), logging.Discard())
+}

@@ -1,0 +1,175 @@
+package policy
+
+import (
+	"time"
+
+	"sallyport"
+)
+
+// Answer is what a Set says to an Input.
+type Answer struct {
+	Verdict sallyport.Verdict
+	// ValidFor is how long the clock alone cannot change the answer; 0: never.
+	ValidFor time.Duration
+	// DependsOnPeer: the peer's address was looked at.
+	DependsOnPeer bool
+
+	route *route // nil: no such target
+	rule  *rule  // that decided; nil: none
+}
+
+// Rule is the name of the rule that decided; empty if none matched.
+func (a Answer) Rule() string {
+	if a.route == nil {
+		return ""
+	}
+	return a.route.label(a.rule)
+}
+
+// Decide answers the question of in. It allocates nothing.
+//
+//	no live session, zero Target          login
+//	live session, zero Target             allow
+//	no route                              no route (login without a live session)
+//	a deny rule is true                   deny
+//	a deny rule is unknown                deny (login without a live session)
+//	an allow rule is true                 allow
+//	without a live session, an allow rule
+//	is unknown                            login
+//	otherwise                             deny
+//
+// On a hidden route everything but an allow is answered as if there were no
+// route. Someone without a live session is told to log in for targets that do
+// not exist, or the difference would tell which ones do.
+func (s *Set) Decide(in *Input) Answer {
+	in.site, in.until, in.peer = &s.site, 0, false
+	if in.Person != nil && in.Person.ExpiresIn != 0 {
+		in.lasts(in.Person.ExpiresIn)
+	}
+	var a Answer
+	if in.Request.Target.IsZero() {
+		a.Verdict = sallyport.VerdictAllow
+		if in.Person == nil {
+			a.Verdict = sallyport.VerdictLogin
+		}
+	} else if a.route = s.lookup(in.Request.Target); a.route == nil {
+		a.Verdict = nowhere(in)
+	} else {
+		a.Verdict, a.rule = a.route.decide(in)
+		if a.route.hidden && a.Verdict != sallyport.VerdictAllow {
+			a = Answer{Verdict: nowhere(in)}
+			in.until, in.peer = 0, false
+			if in.Person != nil && in.Person.ExpiresIn != 0 {
+				in.lasts(in.Person.ExpiresIn)
+			}
+		}
+	}
+	a.ValidFor, a.DependsOnPeer = in.until, in.peer
+	return a
+}
+
+func nowhere(in *Input) sallyport.Verdict {
+	if in.Person == nil {
+		return sallyport.VerdictLogin
+	}
+	return sallyport.VerdictNoRoute
+}
+
+// decide applies the route's rules; the rule is the one that settled it, or nil.
+func (r *route) decide(in *Input) (sallyport.Verdict, *rule) {
+	anonymous := in.Person == nil
+	denied, by := strongest(r.policy.deny, in)
+	switch {
+	case denied == True:
+		return sallyport.VerdictDeny, by
+	case denied == Unknown && !anonymous:
+		return sallyport.VerdictDeny, by
+	case denied == Unknown:
+		return sallyport.VerdictLogin, nil
+	}
+	allowed, by := strongest(r.policy.allow, in)
+	switch {
+	case allowed == True:
+		return sallyport.VerdictAllow, by
+	case allowed == Unknown && anonymous:
+		return sallyport.VerdictLogin, nil
+	}
+	return sallyport.VerdictDeny, nil
+}
+
+// strongest returns the highest value among the rules and the first rule that has it.
+func strongest(rules []rule, in *Input) (Value, *rule) {
+	v := False
+	var by *rule
+	for i := range rules {
+		if got := rules[i].when.eval(in); got > v {
+			v, by = got, &rules[i]
+			if v == True {
+				break
+			}
+		}
+	}
+	return v, by
+}
+
+// Route returns the route's from, its wish for a carrier and what to dial; all
+// zero if the answer has no route. Dial only after an allow.
+func (a Answer) Route(t sallyport.Target) (from, carrier string, up sallyport.Upstream) {
+	if a.route == nil {
+		return "", "", sallyport.Upstream{}
+	}
+	up = a.route.upstream
+	if up.Host == "" {
+		up.Host, up.Port = t.Host, t.Port
+	}
+	return a.route.from, a.route.carrier, up
+}
+
+// Subjects returns whose changes could change the answer: the session with what
+// stands behind it, and the policy.
+func (a Answer) Subjects(in *Input) []sallyport.Subject {
+	out := make([]sallyport.Subject, 0, 5)
+	if id := in.Request.Session; id != "" {
+		out = append(out, sallyport.Subject{Kind: sallyport.SubjectSession, ID: string(id)})
+	}
+	if p := in.Person; p != nil {
+		out = append(out,
+			sallyport.Subject{Kind: sallyport.SubjectLogin, ID: string(p.Session.Login)},
+			sallyport.Subject{Kind: sallyport.SubjectUser, ID: string(p.Session.User)})
+		if p.Session.Device != "" {
+			out = append(out, sallyport.Subject{Kind: sallyport.SubjectDevice, ID: string(p.Session.Device)})
+		}
+	}
+	return append(out, sallyport.Subject{Kind: sallyport.SubjectPolicy})
+}
+
+// Inputs returns what the route's rules look at, for the audit log.
+func (a Answer) Inputs(in *Input) Inputs {
+	var out Inputs
+	if a.route != nil {
+		a.route.each(func(c criterion) { c.note(in, &out) })
+	}
+	return out
+}
+
+// Entry is one route of a Set as seen by one person.
+type Entry struct {
+	From, Name string
+	Answer     Answer
+}
+
+// Each decides every route for in's person, in the order of the configuration,
+// and calls f for those that are not hidden from it. in.Request is overwritten.
+func (s *Set) Each(in *Input, f func(Entry)) {
+	q := *in.Request
+	in.Request = &q
+	for _, r := range s.routes {
+		q.Target = sallyport.Target{Network: r.at.network, Host: r.at.host, Port: r.at.port}
+		in.site, in.until, in.peer = &s.site, 0, false
+		a := Answer{route: r}
+		a.Verdict, a.rule = r.decide(in)
+		if a.Verdict == sallyport.VerdictAllow || !r.hidden {
+			f(Entry{r.from, r.name, a})
+		}
+	}
+}

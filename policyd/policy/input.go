@@ -1,0 +1,88 @@
+package policy
+
+import (
+	"slices"
+	"time"
+
+	"sallyport"
+)
+
+// Input is everything that one question is decided on. It belongs to one
+// goroutine; it may be used again for the next question, which keeps the path of
+// a decision free of allocations.
+type Input struct {
+	// Now is policyd's clock. Required.
+	Now time.Time
+	// Request is the question. Required.
+	Request *sallyport.Request
+	// Person is who asks; nil without a live session.
+	Person *Person
+	// Absent says in words why there is no Person: "session revoked".
+	Absent string
+
+	site  *Options      // of the Set that decides
+	until time.Duration // how long what was looked at stays as it is; 0: for ever
+	peer  bool          // the peer's address was looked at
+}
+
+// Person is a live session and the records behind it.
+type Person struct {
+	Session *sallyport.Session
+	Login   *sallyport.Login
+	User    *sallyport.User
+	// Email is that of the directory user, else the user's; may be empty.
+	Email string
+	// Groups are the directory's.
+	Groups Groups
+	// Device and Posture are nil for a session without a device, or a device
+	// that has not reported.
+	Device  *sallyport.Device
+	Posture *sallyport.Posture
+	// ExpiresIn is how long the session still lives; 0: no end.
+	ExpiresIn time.Duration
+}
+
+// Groups is a set of directory groups, findable by id and by name. The zero
+// Groups are those of a person the directory knows nothing about: every question
+// about them is unknown.
+type Groups struct {
+	names []string // ids and names, sorted, without doubles; nil: not known
+}
+
+// NewGroups returns the set of gs; an empty one is known to be empty.
+func NewGroups(gs []sallyport.Group) Groups {
+	names := make([]string, 0, 2*len(gs))
+	for _, g := range gs {
+		names = append(names, g.ID)
+		if g.Name != "" {
+			names = append(names, g.Name)
+		}
+	}
+	slices.Sort(names)
+	return Groups{names: slices.Clip(slices.Compact(names))}
+}
+
+func (g Groups) known() bool { return g.names != nil }
+
+func (g Groups) has(name string) bool {
+	_, ok := slices.BinarySearch(g.names, name)
+	return ok
+}
+
+// lasts notes that something that was looked at changes by the clock after d.
+func (in *Input) lasts(d time.Duration) {
+	if in.until == 0 || d < in.until {
+		in.until = d
+	}
+}
+
+// FactAge is how old a fact of p is at now. Two clocks are at work: between
+// reading the fact and signing the report the device's own, whose error cancels
+// out; since then policyd's.
+func FactAge(p *sallyport.Posture, f sallyport.Fact, now time.Time) time.Duration {
+	age := max(now.Sub(p.Received), 0)
+	if !f.At.IsZero() {
+		age += max(time.UnixMilli(p.Sequence).Sub(f.At), 0)
+	}
+	return age
+}

@@ -1,0 +1,290 @@
+package policy
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"unicode/utf8"
+
+	"go.yaml.in/yaml/v3"
+)
+
+const (
+	maxText  = 1 << 20 // bytes of one policy
+	maxDepth = 8       // blocks within blocks
+)
+
+// Error is one fault in a policy's text.
+type Error struct {
+	// Line and Column count from 1; those of the file for ParseNode.
+	Line, Column int
+	Message      string
+}
+
+func (e *Error) Error() string {
+	return fmt.Sprintf("%d:%d: %s", e.Line, e.Column, e.Message)
+}
+
+// Errors are all faults of a policy's text, in the order of the text.
+type Errors []*Error
+
+func (es Errors) Error() string {
+	lines := make([]string, len(es))
+	for i, e := range es {
+		lines[i] = e.Error()
+	}
+	return strings.Join(lines, "\n")
+}
+
+// Policy is a checked policy. It is immutable; routes with the same text share one.
+type Policy struct {
+	allow, deny []rule // in the order of the text
+}
+
+type rule struct {
+	name   string // as written; may be empty
+	number int    // of its {name, allow, deny} object in the text, from 1
+	when   condition
+}
+
+// Parse reads a policy. The error is Errors.
+func Parse(text []byte) (*Policy, error) {
+	n, err := document(text)
+	if err != nil {
+		return nil, Errors{err}
+	}
+	return ParseNode(n)
+}
+
+// ParseNode reads a policy that stands in a bigger YAML file; lines and columns
+// are those of the file. The error is Errors.
+func ParseNode(n *yaml.Node) (*Policy, error) {
+	var p parser
+	if n.Kind == yaml.DocumentNode && len(n.Content) == 1 {
+		n = n.Content[0]
+	}
+	pol := p.policy(n)
+	if len(p.errs) > 0 {
+		slices.SortStableFunc(p.errs, func(a, b *Error) int {
+			if a.Line != b.Line {
+				return a.Line - b.Line
+			}
+			return a.Column - b.Column
+		})
+		return nil, p.errs
+	}
+	return pol, nil
+}
+
+var yamlLine = regexp.MustCompile(`^yaml: (?:line (\d+): )?`)
+
+// document reads the one YAML document of text into nodes.
+func document(text []byte) (*yaml.Node, *Error) {
+	if len(text) > maxText {
+		return nil, &Error{1, 1, fmt.Sprintf("policy of %d bytes; at most %d", len(text), maxText)}
+	}
+	if i := badByte(text); i >= 0 {
+		line, column := position(text, i)
+		return nil, &Error{line, column, "a byte-order mark, a control character or a byte that is not UTF-8"}
+	}
+	d := yaml.NewDecoder(bytes.NewReader(text))
+	var n, second yaml.Node
+	switch err := d.Decode(&n); {
+	case errors.Is(err, io.EOF):
+		return nil, &Error{1, 1, "the policy is empty; write at least one rule"}
+	case err != nil:
+		return nil, syntaxError(err)
+	}
+	switch err := d.Decode(&second); {
+	case err == nil:
+		return nil, &Error{second.Line, second.Column, "a second document; write one list of rules"}
+	case !errors.Is(err, io.EOF):
+		return nil, syntaxError(err)
+	}
+	return &n, nil
+}
+
+func syntaxError(err error) *Error {
+	m := yamlLine.FindStringSubmatch(err.Error())
+	line := 1
+	if m != nil && m[1] != "" {
+		line, _ = strconv.Atoi(m[1]) // digits by the expression; absurd numbers stay 0
+	}
+	return &Error{max(line, 1), 1, "no YAML: " + yamlLine.ReplaceAllString(err.Error(), "")}
+}
+
+// badByte returns the index of the first byte that no policy needs: a BOM
+// (U+FEFF anywhere), controls other than tab and newline, invalid UTF-8; or -1.
+func badByte(text []byte) int {
+	for i := 0; i < len(text); {
+		r, size := utf8.DecodeRune(text[i:])
+		switch {
+		case r == utf8.RuneError && size == 1, r == '\uFEFF', r == 0x7F,
+			r < 0x20 && r != '\t' && r != '\n' && r != '\r', r >= 0x80 && r < 0xA0:
+			return i
+		}
+		i += size
+	}
+	return -1
+}
+
+func position(text []byte, i int) (line, column int) {
+	before := text[:i]
+	return 1 + bytes.Count(before, []byte{'\n'}), i - bytes.LastIndexByte(before, '\n')
+}
+
+// parser collects faults; its methods return ok=false when what they read is of
+// no use, after having noted why.
+type parser struct {
+	errs Errors
+}
+
+func (p *parser) fail(n *yaml.Node, format string, args ...any) {
+	p.errs = append(p.errs, &Error{max(n.Line, 1), max(n.Column, 1), fmt.Sprintf(format, args...)})
+}
+
+func (p *parser) policy(n *yaml.Node) *Policy {
+	objects := []*yaml.Node{n}
+	if n.Kind == yaml.SequenceNode {
+		objects = n.Content
+		if len(objects) == 0 {
+			p.fail(n, "the policy is empty; write at least one rule")
+		}
+	}
+	pol := &Policy{}
+	for i, o := range objects {
+		p.rules(o, i+1, pol)
+	}
+	return pol
+}
+
+// rules reads one {name, allow, deny} object.
+func (p *parser) rules(n *yaml.Node, number int, to *Policy) {
+	entries, ok := p.mapping(n, "a rule", ruleKeys)
+	if !ok {
+		return
+	}
+	r := rule{number: number}
+	if i := slices.IndexFunc(entries, func(e entry) bool { return e.key == "name" }); i >= 0 {
+		r.name, _ = p.plainText(entries[i].value, "a rule's name")
+	}
+	for _, e := range entries {
+		switch e.key {
+		case "mode":
+			p.fail(e.value, "mode is not supported by this version")
+		case "allow":
+			r.when, _ = p.body(e.value, e.key)
+			to.allow = append(to.allow, r)
+		case "deny":
+			r.when, _ = p.body(e.value, e.key)
+			to.deny = append(to.deny, r)
+		}
+	}
+	if !slices.ContainsFunc(entries, func(e entry) bool { return e.key == "allow" || e.key == "deny" }) {
+		p.fail(n, "a rule without allow and deny")
+	}
+}
+
+var (
+	ruleKeys     = []string{"name", "allow", "deny", "mode"}
+	operatorKeys = []string{"and", "or", "not", "nor"}
+)
+
+// body reads what stands under allow or deny.
+func (p *parser) body(n *yaml.Node, action string) (condition, bool) {
+	entries, ok := p.mapping(n, "what follows "+action, operatorKeys)
+	if !ok {
+		return condition{}, false
+	}
+	if len(entries) > 1 {
+		p.fail(n, "more than one of and, or, not, nor in one rule can be read in two ways; write\n  %s\nor\n  %s",
+			reading(action, "and", n), reading(action, "or", n))
+		return condition{}, false
+	}
+	return p.block(entries[0], 1)
+}
+
+// reading rewrites a body with several operator blocks as one block op of them.
+func reading(action, op string, body *yaml.Node) string {
+	str := func(s string) *yaml.Node { return &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!str", Value: s} }
+	mapOf := func(k, v *yaml.Node) *yaml.Node {
+		return &yaml.Node{Kind: yaml.MappingNode, Style: yaml.FlowStyle, Content: []*yaml.Node{k, v}}
+	}
+	blocks := &yaml.Node{Kind: yaml.SequenceNode, Style: yaml.FlowStyle}
+	for i := 0; i+1 < len(body.Content); i += 2 {
+		blocks.Content = append(blocks.Content, mapOf(str(body.Content[i].Value), bare(body.Content[i+1])))
+	}
+	text, err := yaml.Marshal(mapOf(str(action), mapOf(str(op), blocks)))
+	if err != nil {
+		return action + ": {" + op + ": […]}"
+	}
+	return strings.Join(strings.Fields(string(text)), " ")
+}
+
+// bare copies n without comments and anchors.
+func bare(n *yaml.Node) *yaml.Node {
+	c := &yaml.Node{Kind: n.Kind, Tag: n.Tag, Value: n.Value, Style: n.Style &^ (yaml.LiteralStyle | yaml.FoldedStyle)}
+	if n.Kind == yaml.AliasNode {
+		return &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!str", Value: "…"}
+	}
+	for _, child := range n.Content {
+		c.Content = append(c.Content, bare(child))
+	}
+	return c
+}
+
+// block reads an operator and its list.
+func (p *parser) block(e entry, depth int) (condition, bool) {
+	if depth > maxDepth {
+		p.fail(e.at, "more than %d blocks within each other", maxDepth)
+		return condition{}, false
+	}
+	if e.value.Kind != yaml.SequenceNode || len(e.value.Content) == 0 {
+		p.fail(e.value, "%s needs a list of at least one criterion", e.key)
+		return condition{}, false
+	}
+	c := condition{op: operators[e.key]}
+	for _, n := range e.value.Content {
+		if child, ok := p.condition(n, depth); ok {
+			c.of = append(c.of, child)
+		}
+	}
+	return c, len(c.of) == len(e.value.Content)
+}
+
+// condition reads {OP: [...]} or {CRITERION: value}.
+func (p *parser) condition(n *yaml.Node, depth int) (condition, bool) {
+	entries, ok := p.mapping(n, "a criterion", nil)
+	if !ok {
+		return condition{}, false
+	}
+	if len(entries) > 1 {
+		p.fail(n, "a criterion has one key, this has %d; put a hyphen before each", len(entries))
+		return condition{}, false
+	}
+	e := entries[0]
+	if operators[e.key] != leaf {
+		return p.block(e, depth+1)
+	}
+	name, sub, hasSub := strings.Cut(e.key, "/")
+	row, known := criteria[name]
+	switch {
+	case !known:
+		p.fail(e.at, "unknown criterion %q%s", name, suggest(name, append(slices.Collect(maps.Keys(criteria)), operatorKeys...)))
+	case row.parse == nil:
+		p.fail(e.at, "criterion %q is not supported by this version", name)
+	case row.sub && sub == "":
+		p.fail(e.at, "%s needs a name: %s/NAME", name, name)
+	case !row.sub && hasSub:
+		p.fail(e.at, "%s takes no /%s", name, sub)
+	default:
+		return row.parse(p, sub, e.value)
+	}
+	return condition{}, false
+}

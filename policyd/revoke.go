@@ -1,0 +1,332 @@
+package policyd
+
+import (
+	"context"
+
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"sallyport"
+	"sallyport/policyd/policy"
+)
+
+const (
+	maxSubjects = 1_000           // of one revocation
+	replayBatch = 1_000           // ops written to cached at once
+	durableWait = 2 * time.Second // how long Revoke waits for cached
+	replayLimit = 5 * time.Second // of one write to cached
+)
+
+// overrides are the direct revocations that the snapshot does not show yet. A
+// value is immutable.
+type overrides struct {
+	all      []*override
+	subjects map[sallyport.Subject]struct{}
+}
+
+// override is one revoked subject.
+type override struct {
+	subject sallyport.Subject
+	done    chan struct{} // closed when cached has it
+
+	// Set before done is closed: where cached has it.
+	epoch    sallyport.Epoch
+	revision sallyport.Revision
+}
+
+func (o *override) isWritten() bool {
+	select {
+	case <-o.done:
+		return true
+	default:
+		return false
+	}
+}
+
+func newOverrides(all []*override) *overrides {
+	o := &overrides{all: all, subjects: make(map[sallyport.Subject]struct{}, len(all))}
+	for _, ov := range all {
+		o.subjects[ov.subject] = struct{}{}
+	}
+	return o
+}
+
+func (o *overrides) has(kind sallyport.SubjectKind, id string) bool {
+	_, ok := o.subjects[sallyport.Subject{Kind: kind, ID: id}]
+	return ok
+}
+
+// end says why p's session is over, or "". While cached is out of reach nobody
+// can log in again, so a user's override ends every session of the user.
+func (o *overrides) end(p *policy.Person) string {
+	switch {
+	case len(o.all) == 0:
+		return ""
+	case o.has(sallyport.SubjectSession, string(p.Session.ID)):
+		return "session revoked"
+	case o.has(sallyport.SubjectLogin, string(p.Session.Login)), o.has(sallyport.SubjectUser, string(p.Session.User)):
+		return "login revoked"
+	case p.Session.Device != "" && o.has(sallyport.SubjectDevice, string(p.Session.Device)):
+		return "device revoked"
+	}
+	return ""
+}
+
+// pending reports whether something has not been written to cached yet.
+func (o *overrides) pending() bool {
+	return slices.ContainsFunc(o.all, func(o *override) bool { return !o.isWritten() })
+}
+
+// replay writes overrides to cached as soon as it is in reach.
+type replay struct {
+	connected atomic.Bool   // the stream is complete: the snapshot has all that cached knows
+	kick      chan struct{} // capacity 1
+
+	mu sync.Mutex // held while the server's overrides are replaced
+}
+
+func (r *replay) wake() {
+	select {
+	case r.kick <- struct{}{}:
+	default:
+	}
+}
+
+// Revoke implements sallyport.Revoker for the moment when cached is out of reach:
+// it takes effect at once in memory. If cached answers within two seconds the
+// revocation is durable too.
+func (s *Server) Revoke(ctx context.Context, r sallyport.Revocation) (sallyport.Revoked, error) {
+	if err := checkRevocation(r); err != nil {
+		return sallyport.Revoked{}, err
+	}
+	before := s.revoked.Load()
+	added := s.override(r.Subjects)
+	out := sallyport.Revoked{Sessions: s.countEnded(before, newOverrides(added))}
+	s.tellRevoked(r)
+	s.auditRevocation(ctx, r)
+	s.replay.wake()
+	if !s.replay.connected.Load() {
+		return out, nil
+	}
+	out.Durable, out.Revision = waitWritten(ctx, added)
+	return out, nil
+}
+
+func checkRevocation(r sallyport.Revocation) error {
+	if len(r.Subjects) == 0 || len(r.Subjects) > maxSubjects {
+		return usage("revoke.subjects", fmt.Sprintf("a revocation names 1 to %d subjects, this one %d", maxSubjects, len(r.Subjects)))
+	}
+	for _, subject := range r.Subjects {
+		switch subject.Kind {
+		case sallyport.SubjectSession, sallyport.SubjectLogin, sallyport.SubjectUser, sallyport.SubjectDevice:
+		default:
+			return usage("revoke.subjects", fmt.Sprintf("a %s cannot be revoked", subject.Kind))
+		}
+		if subject.ID == "" {
+			return usage("revoke.subjects", "a subject without an id")
+		}
+	}
+	return nil
+}
+
+func usage(code, message string) *sallyport.Error {
+	return &sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: code, Message: message}
+}
+
+func (s *Server) override(subjects []sallyport.Subject) []*override {
+	added := make([]*override, len(subjects))
+	for i, subject := range subjects {
+		added[i] = &override{subject: subject, done: make(chan struct{})}
+	}
+	s.replay.mu.Lock()
+	defer s.replay.mu.Unlock()
+	s.revoked.Store(newOverrides(slices.Concat(s.revoked.Load().all, added)))
+	return added
+}
+
+// countEnded counts the sessions that were live under before and end by added.
+func (s *Server) countEnded(before, added *overrides) int {
+	snap := s.snap.Load()
+	if snap == nil {
+		return 0
+	}
+	n, now := 0, time.Now()
+	var p policy.Person
+	for id := range snap.sessions.all() {
+		if snap.person(sallyport.SessionID(id), before, now, &p) == "" && added.end(&p) != "" {
+			n++
+		}
+	}
+	return n
+}
+
+func (s *Server) tellRevoked(r sallyport.Revocation) {
+	var rev sallyport.Revision
+	if snap := s.snap.Load(); snap != nil {
+		rev = snap.revision
+	}
+	changes := make([]sallyport.SubjectChange, len(r.Subjects))
+	for i, subject := range r.Subjects {
+		why := "session revoked"
+		switch subject.Kind {
+		case sallyport.SubjectLogin, sallyport.SubjectUser:
+			why = "login revoked"
+		case sallyport.SubjectDevice:
+			why = "device revoked"
+		}
+		changes[i] = sallyport.SubjectChange{Subject: subject, Revision: rev, Why: why}
+	}
+	s.fanout.tell(changes)
+}
+
+// auditRevocation writes one record a subject. A failure changes nothing: the
+// revocation only takes away.
+func (s *Server) auditRevocation(ctx context.Context, r sallyport.Revocation) {
+	for _, subject := range r.Subjects {
+		detail := strings.TrimSuffix(fmt.Sprintf("direct: %s by %s: %s", subject, r.By, r.Reason), ": ")
+		rec := sallyport.AuditRecord{Type: sallyport.AuditRevocation, Time: time.Now(), Detail: clip(detail, 200)}
+		switch subject.Kind {
+		case sallyport.SubjectSession:
+			rec.Session = sallyport.SessionID(subject.ID)
+		case sallyport.SubjectUser:
+			rec.User = sallyport.UserID(subject.ID)
+		case sallyport.SubjectDevice:
+			rec.Device = sallyport.DeviceID(subject.ID)
+		}
+		if err := s.audit.Append(ctx, rec); err != nil {
+			s.log.Error("audit record lost", "type", rec.Type, "error", err)
+			return
+		}
+	}
+}
+
+// waitWritten waits a while until cached has all of added.
+func waitWritten(ctx context.Context, added []*override) (bool, sallyport.Revision) {
+	t := time.NewTimer(durableWait)
+	defer t.Stop()
+	var rev sallyport.Revision
+	for _, o := range added {
+		select {
+		case <-o.done:
+			rev = max(rev, o.revision)
+		case <-t.C:
+			return false, 0
+		case <-ctx.Done():
+			return false, 0
+		}
+	}
+	return true, rev
+}
+
+// replayAll writes pending overrides whenever there are some and cached is in
+// reach, until ctx ends.
+func (s *Server) replayAll(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-s.replay.kick:
+		}
+		for attempt := 0; s.replay.connected.Load() && s.revoked.Load().pending(); attempt++ {
+			err := s.replayOnce(ctx)
+			if err == nil {
+				continue
+			}
+			s.log.Warn("direct revocation not written to cached yet", "error", err, "attempt", attempt)
+			if pause(ctx, attempt) != nil {
+				return nil
+			}
+		}
+	}
+}
+
+// replayOnce writes what the pending overrides mean for today's snapshot.
+func (s *Server) replayOnce(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, replayLimit)
+	defer cancel()
+	snap := s.snap.Load()
+	var open []*override
+	for _, o := range s.revoked.Load().all {
+		if !o.isWritten() {
+			open = append(open, o)
+		}
+	}
+	rev := snap.revision
+	for batch := range slices.Chunk(snap.withdraw(newOverrides(open)), replayBatch) {
+		got, err := s.records.Apply(ctx, batch)
+		if err != nil {
+			return err
+		}
+		rev = max(rev, got)
+	}
+	for _, o := range open {
+		o.epoch, o.revision = snap.epoch, rev
+		close(o.done)
+	}
+	s.settle(s.snap.Load())
+	return nil
+}
+
+// withdraw returns the ops that end what o names, for good: the same as cached's
+// own revocation.
+func (s *snapshot) withdraw(o *overrides) []sallyport.Op {
+	logins := map[sallyport.LoginID]struct{}{}
+	var ops []sallyport.Op
+	for id, l := range s.logins.all() {
+		if o.has(sallyport.SubjectLogin, id) || o.has(sallyport.SubjectUser, string(l.value.User)) {
+			logins[sallyport.LoginID(id)] = struct{}{}
+		}
+	}
+	for _, ses := range s.sessions.all() {
+		if ses.value.Device != "" && o.has(sallyport.SubjectDevice, string(ses.value.Device)) {
+			logins[ses.value.Login] = struct{}{}
+		}
+	}
+	for id, ses := range s.sessions.all() {
+		_, ended := logins[ses.value.Login]
+		if ended || o.has(sallyport.SubjectSession, id) || o.has(sallyport.SubjectUser, string(ses.value.User)) {
+			ops = append(ops, sallyport.Op{Kind: sallyport.KindSession, ID: id, Delete: true})
+		}
+	}
+	for id := range logins {
+		if _, ok := s.logins.get(string(id)); ok {
+			ops = append(ops, sallyport.Op{Kind: sallyport.KindLogin, ID: string(id), Delete: true})
+		}
+	}
+	for id, d := range s.devices.all() {
+		if o.has(sallyport.SubjectDevice, id) && !d.value.Revoked {
+			device := d.value
+			device.Revoked = true
+			op := sallyport.Put(sallyport.KindDevice, id, device)
+			op.Expires, op.If = d.expires, sallyport.Condition{Revision: d.revision}
+			ops = append(ops, op)
+		}
+	}
+	return ops
+}
+
+// settle drops overrides that snap shows. In another epoch than the one they
+// were written in they may be gone, and are written again.
+func (s *Server) settle(snap *snapshot) {
+	if len(s.revoked.Load().all) == 0 {
+		return
+	}
+	s.replay.mu.Lock()
+	defer s.replay.mu.Unlock()
+	var left []*override
+	for _, o := range s.revoked.Load().all {
+		switch {
+		case !o.isWritten():
+			left = append(left, o)
+		case o.epoch != snap.epoch:
+			left = append(left, &override{subject: o.subject, done: make(chan struct{})})
+		case o.revision > snap.revision:
+			left = append(left, o)
+		}
+	}
+	s.revoked.Store(newOverrides(left))
+}

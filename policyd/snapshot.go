@@ -1,0 +1,300 @@
+package policyd
+
+import (
+	"fmt"
+	"time"
+
+	"sallyport"
+	"sallyport/policyd/policy"
+)
+
+// kinds are the records that decisions need.
+var kinds = []sallyport.Kind{
+	sallyport.KindLogin, sallyport.KindSession, sallyport.KindUser, sallyport.KindDirectoryUser,
+	sallyport.KindDevice, sallyport.KindPosture, sallyport.KindConfig, sallyport.KindTrust,
+}
+
+// held is a record's payload as the snapshot keeps it. It never changes.
+type held[T any] struct {
+	value    T
+	revision sallyport.Revision
+	expires  time.Time // of the record; zero: never
+}
+
+// expired reports whether the record reads as missing at now.
+func (h *held[T]) expired(now time.Time) bool {
+	return !h.expires.IsZero() && !now.Before(h.expires)
+}
+
+// directory is a DirectoryUser with its groups made ready for questions.
+type directory struct {
+	sallyport.DirectoryUser
+	set   policy.Groups
+	names []string // for people
+}
+
+// rules is a configuration that loaded.
+type rules struct {
+	set       *policy.Set
+	config    *sallyport.Config
+	revision  sallyport.Revision
+	ttl       time.Duration // of posture
+	renewal   time.Duration // after which an unchanged report is written again
+	forbidden []string
+}
+
+// snapshot is everything that decisions are made from, at one revision. It is
+// immutable.
+type snapshot struct {
+	epoch    sallyport.Epoch
+	revision sallyport.Revision
+
+	logins    table[*held[sallyport.Login]]
+	sessions  table[*held[sallyport.Session]]
+	users     table[*held[sallyport.User]]
+	directory table[*held[directory]]
+	devices   table[*held[sallyport.Device]]
+	postures  table[*held[sallyport.Posture]]
+
+	rules  *rules           // nil: none ever loaded
+	broken error            // why the newest configuration did not load, or is missing
+	trust  *sallyport.Trust // nil: none yet
+}
+
+// draft is the next snapshot under construction.
+type snapshotDraft struct {
+	cfg Config
+	snapshot
+
+	logins    draft[*held[sallyport.Login]]
+	sessions  draft[*held[sallyport.Session]]
+	users     draft[*held[sallyport.User]]
+	directory draft[*held[directory]]
+	devices   draft[*held[sallyport.Device]]
+	postures  draft[*held[sallyport.Posture]]
+
+	now     time.Time
+	changes []sallyport.SubjectChange
+	faults  []error // records that could not be read
+}
+
+func (s *snapshot) edit(cfg Config, now time.Time) *snapshotDraft {
+	return &snapshotDraft{
+		cfg: cfg, snapshot: *s, now: now,
+		logins: s.logins.edit(), sessions: s.sessions.edit(), users: s.users.edit(),
+		directory: s.directory.edit(), devices: s.devices.edit(), postures: s.postures.edit(),
+	}
+}
+
+func (d *snapshotDraft) finish() *snapshot {
+	s := d.snapshot
+	s.logins, s.sessions, s.users = d.logins.table, d.sessions.table, d.users.table
+	s.directory, s.devices, s.postures = d.directory.table, d.devices.table, d.postures.table
+	return &s
+}
+
+// apply takes one record in and notes what changed, in words.
+func (d *snapshotDraft) apply(r sallyport.Record) {
+	var why string
+	switch r.Kind {
+	case sallyport.KindLogin:
+		why = take(d, &d.logins, r, sallyport.Decode[sallyport.Login], d.loginWords)
+	case sallyport.KindSession:
+		why = take(d, &d.sessions, r, sallyport.Decode[sallyport.Session], d.sessionWords)
+	case sallyport.KindUser:
+		why = take(d, &d.users, r, sallyport.Decode[sallyport.User], userWords)
+	case sallyport.KindDirectoryUser:
+		why = take(d, &d.directory, r, decodeDirectory, directoryWords)
+	case sallyport.KindDevice:
+		why = take(d, &d.devices, r, sallyport.Decode[sallyport.Device], deviceWords)
+	case sallyport.KindPosture:
+		why = take(d, &d.postures, r, sallyport.Decode[sallyport.Posture], postureWords)
+	case sallyport.KindConfig:
+		why = d.applyConfig(r)
+	case sallyport.KindTrust:
+		d.applyTrust(r)
+	}
+	subject, ok := sallyport.SubjectOf(r.Kind, r.ID)
+	if why != "" && ok {
+		d.changes = append(d.changes, sallyport.SubjectChange{Subject: subject, Revision: r.Revision, Why: why})
+	}
+}
+
+// take puts a record into its table and returns what words says of the change;
+// empty: nothing that a decision could depend on. A payload that cannot be read
+// counts as deleted.
+func take[T any](d *snapshotDraft, t *draft[*held[T]], r sallyport.Record,
+	decode func(sallyport.Record) (T, error), words func(old, new *held[T]) string,
+) string {
+	old, _ := t.get(r.ID)
+	if r.Deleted {
+		t.delete(r.ID)
+		return words(old, nil)
+	}
+	v, err := decode(r)
+	if err != nil {
+		d.faults = append(d.faults, err)
+		t.delete(r.ID)
+		return words(old, nil)
+	}
+	h := &held[T]{v, r.Revision, r.Expires}
+	t.set(r.ID, h)
+	return words(old, h)
+}
+
+func decodeDirectory(r sallyport.Record) (directory, error) {
+	u, err := sallyport.Decode[sallyport.DirectoryUser](r)
+	d := directory{DirectoryUser: u, set: policy.NewGroups(u.Groups)}
+	for _, g := range u.Groups {
+		d.names = append(d.names, groupName(g))
+	}
+	return d, err
+}
+
+func groupName(g sallyport.Group) string {
+	if g.Name != "" {
+		return g.Name
+	}
+	return g.ID
+}
+
+// applyConfig compiles a configuration. One that does not load leaves the old
+// one in force; so does its deletion: no policy must never mean another one.
+func (d *snapshotDraft) applyConfig(r sallyport.Record) string {
+	if r.ID != "current" {
+		return ""
+	}
+	if r.Deleted {
+		d.broken = fmt.Errorf("the configuration was deleted at revision %d", r.Revision)
+		return ""
+	}
+	c, err := sallyport.Decode[sallyport.Config](r)
+	if err == nil {
+		var next *rules
+		if next, err = compile(d.cfg, &c, r.Revision); err == nil {
+			d.rules, d.broken = next, nil
+			return "policy changed"
+		}
+	}
+	d.broken = fmt.Errorf("the configuration of revision %d does not load: %w", r.Revision, err)
+	return ""
+}
+
+func compile(cfg Config, c *sallyport.Config, rev sallyport.Revision) (*rules, error) {
+	opts := policy.Options{
+		Sources: c.PostureSources, TTL: c.PostureTTL, Forbidden: c.Forbidden, ExplainGroups: c.ExplainGroups,
+	}
+	if len(opts.Sources) == 0 {
+		opts.Sources = cfg.PostureSources
+	}
+	if opts.TTL == 0 {
+		opts.TTL = cfg.PostureTTL
+	}
+	set, err := policy.Compile(c.Routes, opts)
+	if err != nil {
+		return nil, err
+	}
+	return &rules{
+		set: set, config: c, revision: rev, ttl: opts.TTL,
+		renewal: set.ShortestAge() / 3, forbidden: c.Forbidden,
+	}, nil
+}
+
+func (d *snapshotDraft) applyTrust(r sallyport.Record) {
+	if r.ID != "current" || r.Deleted {
+		return // gateways go on with the last bundle: its certificates still need live sessions
+	}
+	t, err := sallyport.Decode[sallyport.Trust](r)
+	if err != nil {
+		d.faults = append(d.faults, err)
+		return
+	}
+	d.trust = &t
+}
+
+// person fills p with the live session id and what stands behind it. Otherwise
+// absent says, for people, why there is none. Whatever is missing, expired,
+// disabled, or belongs to somebody else ends the session.
+func (s *snapshot) person(id sallyport.SessionID, revoked *overrides, now time.Time, p *policy.Person) (absent string) {
+	session, ok := s.sessions.get(string(id))
+	switch {
+	case id == "":
+		return "no session"
+	case !ok:
+		return "session revoked"
+	case session.expired(now), !now.Before(session.value.Expires):
+		return "session expired"
+	}
+	login, ok := s.logins.get(string(session.value.Login))
+	switch {
+	case !ok, login.value.User != session.value.User:
+		return "login revoked"
+	case login.expired(now), !now.Before(login.value.Expires):
+		return "login expired"
+	}
+	user, ok := s.users.get(string(session.value.User))
+	switch {
+	case !ok, user.expired(now):
+		return "user removed"
+	case user.value.Disabled:
+		return "user disabled"
+	}
+	*p = policy.Person{Session: &session.value, Login: &login.value, User: &user.value, Email: user.value.Email}
+	if absent := s.device(p, now); absent != "" {
+		return absent
+	}
+	if why := revoked.end(p); why != "" {
+		return why
+	}
+	if dir, ok := s.directory.get(string(user.value.ID)); ok && !dir.expired(now) {
+		p.Groups = dir.value.set
+		if dir.value.Email != "" {
+			p.Email = dir.value.Email
+		}
+	}
+	p.ExpiresIn = earliest(session.value.Expires, login.value.Expires, session.expires, login.expires).Sub(now)
+	return ""
+}
+
+// device fills in the device of p's session, if it has one.
+func (s *snapshot) device(p *policy.Person, now time.Time) (absent string) {
+	id := p.Session.Device
+	if id == "" {
+		return ""
+	}
+	device, ok := s.devices.get(string(id))
+	switch {
+	case !ok, device.expired(now):
+		return "device removed"
+	case device.value.Revoked:
+		return "device revoked"
+	}
+	p.Device = &device.value
+	if posture, ok := s.postures.get(string(id)); ok && !posture.expired(now) && posture.value.Device == id {
+		p.Posture = &posture.value
+	}
+	return ""
+}
+
+// earliest returns the earliest time that is not zero.
+func earliest(ts ...time.Time) time.Time {
+	var out time.Time
+	for _, t := range ts {
+		if !t.IsZero() && (out.IsZero() || t.Before(out)) {
+			out = t
+		}
+	}
+	return out
+}
+
+// identity is p as people may see it.
+func (s *snapshot) identity(p *policy.Person) sallyport.Identity {
+	id := sallyport.Identity{
+		Session: p.Session.ID, Login: p.Session.Login, User: p.User.ID,
+		Email: p.Email, Name: p.User.Name, Device: p.Session.Device, ExpiresIn: p.ExpiresIn,
+	}
+	if dir, ok := s.directory.get(string(p.User.ID)); ok {
+		id.Groups = dir.value.names
+	}
+	return id
+}

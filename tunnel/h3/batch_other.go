@@ -1,0 +1,5 @@
+package h3
+
+import "net"
+
+func batched(pc net.PacketConn) net.PacketConn { return pc }
