@@ -339,7 +339,9 @@ func TestCase_I10_brokenConfigurationKeepsTheOld(t *testing.T) {
 			"metadata": func() {
 				s.put(sallyport.KindConfig, "current", sallyport.Config{Routes: []sallyport.Route{{From: db, To: "tcp://169.254.169.254:80", Policy: "allow: {or: [{accept: true}]}"}}})
 			},
-			"payload": func() { s.apply(sallyport.Op{Kind: sallyport.KindConfig, ID: "current", Payload: []byte(`{"routes":7}`)}) },
+			"payload": func() {
+				s.apply(sallyport.Op{Kind: sallyport.KindConfig, ID: "current", Payload: []byte(`{"routes":7}`)})
+			},
 			"removed": func() { s.remove(sallyport.KindConfig, "current") },
 		} {
 			before := len(s.Server.audit.(*ledger).of(sallyport.AuditPolicyBroken))
