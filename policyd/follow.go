@@ -49,7 +49,8 @@ func (f *follower) stream(ctx context.Context) error {
 		q.Epoch, q.Since = snap.epoch, snap.revision
 	}
 	err := f.records.Watch(ctx, q, func(e sallyport.WatchEvent) error {
-		watchdog.Reset(silence)
+		watchdog.Stop() // taking an event in may last; only waiting for one is silence
+		defer watchdog.Reset(silence)
 		return f.event(ctx, e)
 	})
 	if cause := context.Cause(ctx); errors.Is(cause, errSilent) {

@@ -113,6 +113,7 @@ func TestCase_K2_malformedReports(t *testing.T) {
 			"10 MiB":                fact("edr", `"`+strings.Repeat("x", 10<<20)+`"`),
 			"nested":                fact("edr", strings.Repeat("[", 9000)+strings.Repeat("]", 9000)),
 			"a little nested":       fact("edr", `{"a":[1]}`),
+			"nested elsewhere":      `{"extra":[[[[[[1]]]]]],` + fact("firewall", "true")[1:],
 			"a list":                fact("edr", `[1]`),
 			"null":                  fact("disk_encrypted", `null`),
 			"wrong type":            fact("disk_encrypted", `"yes"`),

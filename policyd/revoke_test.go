@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"slices"
-	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -90,9 +89,7 @@ func TestReplayComesBeforeFreshness(t *testing.T) {
 		if _, err := s.Revoke(t.Context(), subject("session", "s1")); err != nil {
 			t.Fatal(err)
 		}
-		stuck := &stuckApply{link: s.link}
-		stuck.set(true)
-		s.Server.records = stuck
+		s.link.setStuck(true)
 		s.link.setDown(false)
 		pass(20 * time.Second)
 		if age := s.sourceAge(); age < 20*time.Second {
@@ -101,36 +98,13 @@ func TestReplayComesBeforeFreshness(t *testing.T) {
 		s.want("s1", db, sallyport.VerdictLogin)
 		pass(12 * time.Second)
 		s.refused("policy.stale")
-		stuck.set(false)
+		s.link.setStuck(false)
 		pass(5 * time.Second)
 		s.want("s1", db, sallyport.VerdictLogin)
 		if age := s.sourceAge(); age > 2*time.Second {
 			t.Errorf("source age %v afterwards", age)
 		}
 	})
-}
-
-// stuckApply is a cached that streams and does not write.
-type stuckApply struct {
-	*link
-	mu    sync.Mutex
-	stuck bool
-}
-
-func (s *stuckApply) set(stuck bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.stuck = stuck
-}
-
-func (s *stuckApply) Apply(ctx context.Context, batch []sallyport.Op) (sallyport.Revision, error) {
-	s.mu.Lock()
-	stuck := s.stuck
-	s.mu.Unlock()
-	if stuck {
-		return 0, errCut
-	}
-	return s.link.Apply(ctx, batch)
 }
 
 // With cached in reach a direct revocation is durable when it returns.

@@ -429,6 +429,36 @@ func TestReconnectContinues(t *testing.T) {
 	})
 }
 
+// A stream that works stays: heartbeats keep it.
+func TestHealthyStreamStays(t *testing.T) {
+	inSite(t, Config{}, routes, func(t *testing.T, s *site) {
+		pass(time.Minute)
+		s.link.mu.Lock()
+		defer s.link.mu.Unlock()
+		if n := len(s.link.watches); n != 1 {
+			t.Errorf("%d streams in a minute; want one", n)
+		}
+	})
+}
+
+// What was told already is not taken again: it may be older than what is there.
+func TestOldChangeIsIgnored(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		live := liveRecords(time.Now())
+		gone := live[4]
+		gone.Deleted, gone.Payload = true, nil
+		fake := &script{}
+		fake.play([]sallyport.WatchEvent{
+			{Type: sallyport.WatchBegin, Epoch: "e", Revision: 5}, {Type: sallyport.WatchItems, Epoch: "e", Records: live},
+			{Type: sallyport.WatchEnd, Epoch: "e", Revision: 5, Count: len(live)},
+			{Type: sallyport.WatchChange, Epoch: "e", Revision: 5, Records: []sallyport.Record{gone}},
+		})
+		s := &site{Server: startPolicyd(t, Config{}, fake, &ledger{}), t: t}
+		synctest.Wait()
+		s.want("s1", db, sallyport.VerdictAllow)
+	})
+}
+
 // A silent stream is given up: a frozen cached may hang on to its connection.
 func TestSilentStreamIsGivenUp(t *testing.T) {
 	inSite(t, Config{}, routes, func(t *testing.T, s *site) {

@@ -204,6 +204,7 @@ type link struct {
 	cut     chan struct{} // closed when down
 	watches []sallyport.WatchRequest
 	applied int
+	stuck   bool // streams, and does not write
 }
 
 func newLink(r sallyport.Records) *link { return &link{records: r, cut: make(chan struct{})} }
@@ -220,6 +221,12 @@ func (l *link) setDown(down bool) {
 	l.down = down
 	l.mu.Unlock()
 	synctest.Wait()
+}
+
+func (l *link) setStuck(stuck bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.stuck = stuck
 }
 
 func (l *link) freeze() (thaw func()) {
@@ -254,8 +261,12 @@ func (l *link) Apply(ctx context.Context, batch []sallyport.Op) (sallyport.Revis
 		return 0, errCut
 	}
 	l.mu.Lock()
+	stuck := l.stuck
 	l.applied++
 	l.mu.Unlock()
+	if stuck {
+		return 0, errCut
+	}
 	return l.records.Apply(ctx, batch)
 }
 
