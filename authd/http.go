@@ -200,6 +200,7 @@ func (s *Server) showFailure(c *call, e *sallyport.Error) {
 		Title: "You are not logged in", Tone: "bad", Lead: sentence(e.Message),
 		Facts: []page.Fact{{Name: "Code", Value: e.Code, Code: true}, {Name: "Request id", Value: c.id, Code: true}},
 		Note:  sentence(hint),
+		Link:  &page.Link{Label: "How to log in", Path: "/"},
 	})
 }
 
