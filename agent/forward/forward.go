@@ -30,11 +30,16 @@ const (
 // Opener opens flows. Package agent is one.
 type Opener interface {
 	// Open asks the gateway for a flow; it may take as long as a login does.
-	Open(ctx context.Context, t sallyport.Target) (*tunnel.Flow, error)
-	// Why says why a flow ended that ended badly: an *sallyport.Error of
-	// OutcomeRevoked if the gateway withdrew it, another one, or nil if nothing
-	// is known.
-	Why(ctx context.Context, f *tunnel.Flow, cause error) *sallyport.Error
+	Open(ctx context.Context, t sallyport.Target) (*Flow, error)
+}
+
+// Flow is an open flow.
+type Flow struct {
+	*tunnel.Flow
+	// WhyCut says why the flow ended badly, if it did with cause: an error of
+	// OutcomeRevoked if the gateway withdrew it, another one, or nil if its own
+	// ends did it.
+	WhyCut func(ctx context.Context, cause error) error
 }
 
 // Forward serves one local end. Its fields are set before Serve.
@@ -71,7 +76,7 @@ type Live struct {
 }
 
 type liveFlow struct {
-	flow  *tunnel.Flow
+	flow  *Flow
 	since time.Time
 	meter relay.Meter
 }
@@ -178,13 +183,17 @@ func (f *Forward) serve(accepting, hard context.Context, c net.Conn) error {
 	}
 	err = f.carry(hard, down, flow)
 	switch {
-	case sallyport.OutcomeOf(err) == sallyport.OutcomeRevoked:
+	case sallyport.OutcomeOf(err) == sallyport.OutcomeRevoked && sallyport.CodeOf(err) != CodeSessionExpired:
 		return err
 	case err != nil:
 		f.Say(err)
 	}
 	return nil
 }
+
+// CodeSessionExpired is the code of a flow that was cut because the session came
+// to its end: the next connection asks for a login, so the target goes on.
+const CodeSessionExpired = "session_expired"
 
 // CodeNoLogin is the code of the error with which an Opener says that a login is
 // needed and that nobody can be asked for it here.
@@ -224,7 +233,7 @@ func (f *Forward) release() {
 }
 
 // carry splices until the flow is over. The error says why it ended badly.
-func (f *Forward) carry(hard context.Context, down relay.Conn, flow *tunnel.Flow) error {
+func (f *Forward) carry(hard context.Context, down relay.Conn, flow *Flow) error {
 	l := &liveFlow{flow: flow, since: time.Now()}
 	f.note(func() {
 		if f.live == nil {
@@ -251,16 +260,13 @@ func (f *Forward) note(change func()) {
 }
 
 // verdict asks why a flow was cut. A flow that its own ends closed is no news.
-func (f *Forward) verdict(flow *tunnel.Flow, r relay.Result) error {
+func (f *Forward) verdict(flow *Flow, r relay.Result) error {
 	if r.End != relay.EndUpReset {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
-	if e := f.Opener.Why(ctx, flow, r.Err); e != nil {
-		return e
-	}
-	return nil
+	return flow.WhyCut(ctx, r.Err)
 }
 
 // localConn is a relay.Conn over an accepted connection.

@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"net"
-	"net/url"
 	"strings"
 	"time"
 )
@@ -35,18 +34,4 @@ func Dial(ctx context.Context, network, addr string) (net.Conn, error) {
 		return c, nil
 	}
 	return nil, errors.Join(err4, err6)
-}
-
-// Addresses returns where the host of an https URL is without asking anybody:
-// the loopback address for loopback names, nil for all others.
-func Addresses(rawURL string) []string {
-	u, err := url.Parse(rawURL)
-	if err != nil || !Loopback(u.Hostname()) {
-		return nil
-	}
-	port := u.Port()
-	if port == "" {
-		port = "443"
-	}
-	return []string{net.JoinHostPort("127.0.0.1", port)}
 }

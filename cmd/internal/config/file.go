@@ -13,7 +13,6 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
-	"strings"
 	"time"
 
 	"go.yaml.in/yaml/v3"
@@ -24,6 +23,7 @@ import (
 	"sallyport/gateway"
 	"sallyport/internal/fault"
 	"sallyport/internal/logging"
+	"sallyport/internal/telemetry"
 	"sallyport/policyd"
 	"sallyport/policyd/policy"
 )
@@ -257,25 +257,14 @@ func checkDial(l *fault.List, key, addr string) {
 // metrics are nobody else's business (SECURITY-CASES J7).
 func (a Admin) validate() fault.List {
 	var l fault.List
-	for key, addr := range map[string]string{
-		"gateway": a.Gateway, "authd": a.Authd, "policyd": a.Policyd, "cached": a.Cached, "serve": a.Serve,
+	for _, x := range []struct{ key, addr string }{
+		{"gateway", a.Gateway}, {"authd", a.Authd}, {"policyd", a.Policyd}, {"cached", a.Cached}, {"serve", a.Serve},
 	} {
-		if addr == "" {
+		if x.addr == "" {
 			continue
 		}
-		if path, ok := strings.CutPrefix(addr, "unix:"); ok {
-			if !filepath.IsAbs(path) {
-				l.Addf(key, "%.80q is no absolute path", path)
-			}
-			continue
-		}
-		host, _, err := net.SplitHostPort(addr)
-		ip := net.ParseIP(host)
-		switch {
-		case err != nil:
-			l.Addf(key, "%.80q is neither host:port nor unix:PATH", addr)
-		case ip == nil || !ip.IsLoopback():
-			l.Addf(key, "%.80q is not a loopback address: the admin listener has no login (use 127.0.0.1:PORT or unix:PATH)", addr)
+		if err := telemetry.CheckListen(x.addr); err != nil {
+			l.Addf(x.key, "%v", err)
 		}
 	}
 	return l

@@ -98,11 +98,14 @@ func checkSecret(path string) error {
 		return err
 	}
 	secret := strings.TrimSpace(string(text))
-	folded := strings.ToLower(secret)
+	rest, example := strings.ToLower(secret), ""
 	for _, e := range examples {
-		if strings.HasPrefix(folded, e) && strings.Trim(strings.TrimPrefix(folded, e), "-_0123456789.!") == "" {
-			return fmt.Errorf("%s holds %q, which is an example and no secret", path, e)
+		if strings.Contains(rest, e) {
+			rest, example = strings.ReplaceAll(rest, e, ""), e
 		}
+	}
+	if example != "" && strings.Trim(rest, "-_0123456789.! ") == "" {
+		return fmt.Errorf("%s holds %q, which is an example and no secret", path, example)
 	}
 	switch {
 	case len(secret) < minSecret:

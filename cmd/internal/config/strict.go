@@ -317,7 +317,11 @@ func (d *decoder) scalar(n *yaml.Node, v reflect.Value, key string, depth int) {
 		}
 		v.SetFloat(f)
 	case reflect.Interface:
+		before := len(d.problems)
 		d.walk(n, key, depth)
+		if len(d.problems) > before {
+			return
+		}
 		var free any
 		if err := n.Decode(&free); err != nil {
 			d.fault(n.Line, key, "%s", strings.TrimPrefix(err.Error(), "yaml: "))

@@ -226,7 +226,7 @@ type ReadyControl struct {
 
 // Announce opens the admin listener and prints the ready line.
 func Announce(p *run.Process, r Ready, ready func() error) error {
-	admin, err := p.Admin(p.Metrics(), ready)
+	admin, err := p.Admin(ready)
 	if err != nil {
 		return err
 	}

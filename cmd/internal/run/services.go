@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"strings"
 	"time"
 
 	"sallyport"
@@ -64,23 +63,15 @@ func (l lenient) Append(ctx context.Context, r sallyport.AuditRecord) error {
 }
 
 // Admin opens the admin listener of the process and returns its address.
-func (p *Process) Admin(reg *telemetry.Registry, ready func() error) (string, error) {
+func (p *Process) Admin(ready func() error) (string, error) {
 	addr := p.Config.AdminAddress(p.Name)
-	var l net.Listener
-	var err error
-	if path, ok := strings.CutPrefix(addr, "unix:"); ok {
-		l, err = p.ListenUnix(path)
-	} else {
-		l, err = p.Listen(addr)
-	}
+	l, err := telemetry.Listen(addr)
 	if err != nil {
-		return "", err
+		return "", listenError(addr, err)
 	}
-	p.ServeHTTP("admin", l, &http.Server{
-		Handler: telemetry.Handler(reg, func() error { return errors.Join(ready(), p.Stale()) }),
-		// A profile takes 30 s by default; nothing here waits longer.
-		WriteTimeout: 2 * time.Minute,
-	})
+	p.opened = append(p.opened, l)
+	handler := telemetry.Handler(p.metrics, func() error { return errors.Join(ready(), p.Stale()) })
+	p.Go("admin", func(ctx context.Context) error { return telemetry.Serve(ctx, l, handler) })
 	if l.Addr().Network() == "unix" {
 		return addr, nil
 	}

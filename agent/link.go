@@ -1,0 +1,534 @@
+package agent
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+
+	"sallyport"
+	"sallyport/agent/login"
+	"sallyport/agent/posture"
+	"sallyport/proto/connect"
+	"sallyport/tunnel"
+)
+
+const (
+	dialTimeout = 10 * time.Second
+	apiTimeout  = 15 * time.Second
+	// silence is how long the event stream may say nothing; a gateway pings every
+	// 10 s.
+	silence = 35 * time.Second
+	// firstReport bounds how long a flow waits for the posture report before it.
+	firstReport = 5 * time.Second
+	maxEvent    = 256 << 10 // bytes of one line
+)
+
+// link is a carrier with what belongs to it.
+type link struct {
+	carrier tunnel.Carrier
+	gateway sallyport.GatewayInfo
+	host    string
+	session sallyport.SessionID
+	since   time.Time
+	owed    chan struct{} // capacity 1: a posture report is due
+
+	mu       sync.Mutex
+	rtt      time.Duration
+	draining bool
+	over     *connect.Event                     // the session's end, as the gateway told it
+	cuts     map[sallyport.FlowID]connect.Event // told, and not asked for yet
+	waiting  map[sallyport.FlowID]chan struct{} // who waits for one
+	order    []sallyport.FlowID                 // of cuts, oldest first
+}
+
+const maxCuts = 1024 // of flows that nobody asks about
+
+// Link describes the carrier, for status.
+type Link struct {
+	Gateway string        `json:"gateway"`
+	URL     string        `json:"url"`
+	Carrier string        `json:"carrier"`
+	RTT     time.Duration `json:"rtt_ns"`
+	Since   time.Time     `json:"since"`
+}
+
+// Link returns the carrier that is up now; ok is false if none is.
+func (a *Agent) Link() (Link, bool) {
+	l := a.liveLink()
+	if l == nil {
+		return Link{}, false
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return Link{Gateway: l.host, URL: l.gateway.URL, Carrier: l.carrier.Name(), RTT: l.rtt, Since: l.since}, true
+}
+
+func (a *Agent) liveLink() *link {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.link == nil || !a.link.usable() {
+		return nil
+	}
+	return a.link
+}
+
+func (l *link) usable() bool {
+	select {
+	case <-l.carrier.Done():
+		return false
+	default:
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return !l.draining && l.over == nil
+}
+
+// connected returns a carrier, dialling one if there is none. force asks for a new
+// certificate first.
+func (a *Agent) connected(ctx context.Context, force bool) (*link, error) {
+	if err := a.started(ctx); err != nil {
+		return nil, err
+	}
+	if l := a.liveLink(); l != nil {
+		return l, nil
+	}
+	return share(a, ctx, &a.dialling, func(life context.Context) (*link, error) {
+		if l := a.liveLink(); l != nil {
+			return l, nil
+		}
+		return a.dial(life, force)
+	})
+}
+
+// dial gets a session and tries its gateways in turn.
+func (a *Agent) dial(ctx context.Context, force bool) (*link, error) {
+	s, err := a.liveSession(ctx, force)
+	if err != nil {
+		return nil, err
+	}
+	var errs []error
+	for _, g := range s.Gateways {
+		l, err := a.dialGateway(ctx, g, s)
+		if err == nil {
+			return l, nil
+		}
+		if sallyport.OutcomeOf(err) == sallyport.OutcomeLogin {
+			return nil, err // another gateway would say the same
+		}
+		errs = append(errs, err)
+	}
+	if len(errs) == 1 {
+		return nil, errs[0]
+	}
+	return nil, errors.Join(errs...)
+}
+
+func (a *Agent) dialGateway(ctx context.Context, g sallyport.GatewayInfo, s *login.Session) (*link, error) {
+	u, err := url.Parse(g.URL)
+	if err != nil {
+		return nil, fmt.Errorf("gateway %s: %w", g.Name, err)
+	}
+	defer a.during("gateway " + u.Host)()
+	conf, err := a.tlsConfig(g)
+	if err != nil {
+		return nil, err
+	}
+	dialCtx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	network := networkTo(u)
+	c, err := a.cfg.Dial(dialCtx, a.order(network), tunnel.DialConfig{Gateway: g, TLS: conf})
+	if err != nil {
+		return nil, tunnel.DialFailure(u.Host, err)
+	}
+	a.won(network, c.Name())
+	l := &link{carrier: c, gateway: g, host: u.Hostname(), session: s.Session, since: time.Now(), owed: make(chan struct{}, 1),
+		cuts: map[sallyport.FlowID]connect.Event{}, waiting: map[sallyport.FlowID]chan struct{}{}}
+	// Before the first question, so that it is answered from what is true now.
+	reportCtx, done := context.WithTimeout(ctx, firstReport)
+	defer done()
+	if err := a.reportFirst(reportCtx, l); sallyport.OutcomeOf(err) == sallyport.OutcomeLogin {
+		c.Close()
+		return nil, err
+	}
+	a.adopt(ctx, l)
+	return l, nil
+}
+
+// adopt makes l the agent's link and starts reading its events.
+func (a *Agent) adopt(ctx context.Context, l *link) {
+	a.mu.Lock()
+	old := a.link
+	a.link = l
+	a.mu.Unlock()
+	if old != nil {
+		a.tasks.Go(func() { a.retire(ctx, old) })
+	}
+	a.tasks.Go(func() { a.readEvents(ctx, l) })
+	a.cfg.Log.Info("carrier up", "gateway", l.gateway.URL, "carrier", l.carrier.Name())
+}
+
+// retire leaves a draining carrier to its flows and closes it with the agent.
+func (a *Agent) retire(ctx context.Context, l *link) {
+	select {
+	case <-l.carrier.Done():
+	case <-ctx.Done():
+		l.carrier.Close()
+	}
+}
+
+// tlsConfig trusts what the login said signs the gateway's certificate, and shows
+// the certificate that is current at each handshake.
+func (a *Agent) tlsConfig(g sallyport.GatewayInfo) (*tls.Config, error) {
+	conf := &tls.Config{MinVersion: tls.VersionTLS13}
+	if g.CA != "" {
+		conf.RootCAs = x509.NewCertPool()
+		if !conf.RootCAs.AppendCertsFromPEM([]byte(g.CA)) {
+			return nil, fmt.Errorf("gateway %s: its CA is no PEM certificate", g.Name)
+		}
+	}
+	conf.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		s := a.Session()
+		if s == nil {
+			return nil, errors.New("no session")
+		}
+		return &s.Certificate, nil
+	}
+	return conf, nil
+}
+
+// do runs f on a live carrier. A carrier that is dead, or that the gateway closes
+// on us for our certificate, is replaced, and f runs again: at most three times.
+func (a *Agent) do(ctx context.Context, f func(*link) error) error {
+	var err error
+	force := false
+	for range 3 {
+		var l *link
+		if l, err = a.connected(ctx, force); err == nil {
+			err = f(l)
+		}
+		if l != nil && err != nil {
+			a.drop(l, err)
+		}
+		switch {
+		case err == nil || ctx.Err() != nil:
+			return err
+		case sallyport.OutcomeOf(err) == sallyport.OutcomeLogin && sallyport.CodeOf(err) != "login.needed" && !force:
+			force = true // perhaps only the certificate is at its end
+		case l != nil && dead(l):
+		default:
+			return err
+		}
+	}
+	return err
+}
+
+func dead(l *link) bool {
+	select {
+	case <-l.carrier.Done():
+		return true
+	default:
+		return false
+	}
+}
+
+// drop forgets a link that is of no more use.
+func (a *Agent) drop(l *link, err error) {
+	if !dead(l) && sallyport.OutcomeOf(err) != sallyport.OutcomeLogin {
+		return
+	}
+	a.mu.Lock()
+	if a.link == l {
+		a.link = nil
+	}
+	a.mu.Unlock()
+	l.carrier.Close()
+}
+
+// get asks the gateway for one JSON document.
+func (a *Agent) get(ctx context.Context, path string, query url.Values, into any) error {
+	return a.do(ctx, func(l *link) error {
+		defer a.during("gateway " + l.host)()
+		ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+		defer cancel()
+		began := time.Now()
+		resp, err := l.request(ctx, http.MethodGet, path, query, nil)
+		if err != nil {
+			return tunnel.DialFailure(l.host, err)
+		}
+		defer resp.Body.Close()
+		l.measured(time.Since(began))
+		if resp.StatusCode != http.StatusOK {
+			return connect.ReadRefusal(resp)
+		}
+		if err := json.NewDecoder(io.LimitReader(resp.Body, 16<<20)).Decode(into); err != nil {
+			return &sallyport.Error{Outcome: sallyport.OutcomeUnavailable, Code: connect.ProblemUnintelligible,
+				Message: "gateway " + l.host + " answered something that this version does not read", Err: err}
+		}
+		return nil
+	})
+}
+
+func (l *link) request(ctx context.Context, method, path string, query url.Values, body io.Reader) (*http.Response, error) {
+	u := url.URL{Path: path, RawQuery: query.Encode()}
+	req, err := http.NewRequestWithContext(ctx, method, u.String(), body)
+	if err != nil {
+		return nil, err
+	}
+	return l.carrier.RoundTrip(req)
+}
+
+func (l *link) measured(d time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.rtt == 0 || d < l.rtt {
+		l.rtt = d
+	}
+}
+
+// readEvents keeps the event stream open while the carrier lives.
+func (a *Agent) readEvents(ctx context.Context, l *link) {
+	for {
+		err := a.streamEvents(ctx, l)
+		if dead(l) || ctx.Err() != nil {
+			return
+		}
+		a.cfg.Log.Debug("event stream ended", "gateway", l.gateway.URL, "error", err)
+		select {
+		case <-ctx.Done():
+			return
+		case <-l.carrier.Done():
+			return
+		case <-time.After(time.Second):
+		}
+	}
+}
+
+func (a *Agent) streamEvents(ctx context.Context, l *link) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	quiet := time.AfterFunc(silence, func() { cancel(errors.New("the event stream fell silent")) })
+	defer quiet.Stop()
+	resp, err := l.request(ctx, http.MethodGet, connect.PathEvents, nil, nil)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return connect.ReadRefusal(resp)
+	}
+	lines := bufio.NewScanner(resp.Body)
+	lines.Buffer(nil, maxEvent)
+	for lines.Scan() {
+		quiet.Reset(silence)
+		var e connect.Event
+		if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
+			return fmt.Errorf("event: %w", err)
+		}
+		a.take(l, e)
+	}
+	if err := lines.Err(); err != nil {
+		return err
+	}
+	return io.EOF
+}
+
+// take acts on one event.
+func (a *Agent) take(l *link, e connect.Event) {
+	e.Reason = connect.Printable(e.Reason, 500)
+	switch e.Type {
+	case connect.EventWithdrawn:
+		l.cut(e)
+	case connect.EventSession:
+		if e.Code == connect.ProblemSessionRevoked || e.Code == "session_expired" {
+			l.end(e)
+		}
+	case connect.EventDrain:
+		l.mu.Lock()
+		l.draining = true
+		l.mu.Unlock()
+	case connect.EventGateways:
+		a.newGateways(e.Gateways)
+	}
+}
+
+// cut notes why a flow was withdrawn and wakes who waits for that.
+func (l *link) cut(e connect.Event) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if _, known := l.cuts[e.Flow]; !known {
+		l.order = append(l.order, e.Flow)
+	}
+	l.cuts[e.Flow] = e
+	if len(l.order) > maxCuts {
+		delete(l.cuts, l.order[0])
+		l.order = l.order[1:]
+	}
+	if w := l.waiting[e.Flow]; w != nil {
+		delete(l.waiting, e.Flow)
+		close(w)
+	}
+}
+
+// end notes that the session is over and wakes everybody.
+func (l *link) end(e connect.Event) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.over = &e
+	for id, w := range l.waiting {
+		delete(l.waiting, id)
+		close(w)
+	}
+}
+
+// whyCut waits for the event that explains the end of a flow.
+func (l *link) whyCut(ctx context.Context, id sallyport.FlowID) (connect.Event, bool) {
+	l.mu.Lock()
+	e, ok := l.cuts[id]
+	if !ok && l.over != nil {
+		e, ok = *l.over, true
+	}
+	w := l.waiting[id]
+	if !ok && w == nil {
+		w = make(chan struct{})
+		l.waiting[id] = w
+	}
+	l.mu.Unlock()
+	if ok {
+		return e, true
+	}
+	select {
+	case <-w:
+	case <-ctx.Done():
+	case <-l.carrier.Done():
+		// What the gateway flushed before it closed may still be on its way to us.
+		select {
+		case <-w:
+		case <-time.After(100 * time.Millisecond):
+		case <-ctx.Done():
+		}
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.waiting, id)
+	if e, ok := l.cuts[id]; ok {
+		return e, true
+	}
+	if l.over != nil {
+		return *l.over, true
+	}
+	return connect.Event{}, false
+}
+
+// newGateways keeps a changed list for the next dial.
+func (a *Agent) newGateways(list []sallyport.GatewayInfo) {
+	if len(list) == 0 {
+		return
+	}
+	a.mu.Lock()
+	if a.session != nil {
+		s := *a.session
+		s.Gateways = list
+		a.session = &s
+	}
+	a.mu.Unlock()
+	p, err := a.Profile()
+	if err == nil && p.Session != "" {
+		p.Gateways = list
+		err = p.save(a.dir)
+	}
+	if err != nil {
+		a.cfg.Log.Warn("list of gateways not saved", "error", err)
+	}
+}
+
+// owePosture asks the report loop for a report on this link.
+func (l *link) owePosture() {
+	select {
+	case l.owed <- struct{}{}:
+	default:
+	}
+}
+
+// reportFirst sends the posture that a new carrier starts with.
+func (a *Agent) reportFirst(ctx context.Context, l *link) error {
+	select {
+	case <-a.factsKnown:
+	case <-ctx.Done():
+		return nil // unknown facts: policyd decides what that means
+	}
+	err := a.report(ctx, l)
+	if err != nil {
+		l.owePosture()
+	}
+	return err
+}
+
+// reportLoop sends a report whenever one is owed, again after a pause if it did
+// not get through.
+func (a *Agent) reportLoop(ctx context.Context) {
+	retry := time.NewTicker(2 * time.Second)
+	defer retry.Stop()
+	failed := false
+	for {
+		a.mu.Lock()
+		l := a.link
+		a.mu.Unlock()
+		var owed <-chan struct{}
+		if l != nil {
+			owed = l.owed
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-owed:
+		case <-retry.C:
+			if !failed || l == nil {
+				continue
+			}
+		}
+		reportCtx, cancel := context.WithTimeout(ctx, apiTimeout)
+		failed = a.report(reportCtx, l) != nil
+		cancel()
+	}
+}
+
+// report signs the newest facts and sends them.
+func (a *Agent) report(ctx context.Context, l *link) error {
+	key, err := a.deviceKey(ctx, false)
+	if err != nil {
+		return err
+	}
+	a.mu.Lock()
+	if a.reporter == nil {
+		a.reporter = &posture.Reporter{Key: key, Device: key.ID}
+	}
+	facts, reporter := a.facts, a.reporter
+	a.mu.Unlock()
+	jws, err := reporter.Sign(l.session, facts)
+	if err != nil {
+		return err
+	}
+	began := time.Now()
+	resp, err := l.request(ctx, http.MethodPost, connect.PathPosture, nil, strings.NewReader(jws))
+	if err != nil {
+		return tunnel.DialFailure(l.host, err)
+	}
+	defer resp.Body.Close()
+	l.measured(time.Since(began))
+	if resp.StatusCode/100 != 2 {
+		e := connect.ReadRefusal(resp)
+		a.cfg.Log.Warn("posture report refused", "code", e.Code, "message", e.Message)
+		return e
+	}
+	return nil
+}
