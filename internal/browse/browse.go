@@ -38,14 +38,35 @@ func New(conf *tls.Config) *Browser {
 		panic(err) // cannot fail without options
 	}
 	return &Browser{&http.Client{
-		Jar:     jar,
-		Timeout: 30 * time.Second,
+		Jar:           jar,
+		Timeout:       30 * time.Second,
+		CheckRedirect: redirected,
 		Transport: &http.Transport{
 			TLSClientConfig:   conf,
 			ForceAttemptHTTP2: true,
 			DialContext:       dialLocal,
 		},
 	}}
+}
+
+// redirected makes a redirect's request what a browser makes of it: a navigation,
+// a GET without an Origin (Fetch, section 3.2), cross-site once it has left the
+// site where it began (Fetch Metadata, section 2.3).
+func redirected(req *http.Request, via []*http.Request) error {
+	if len(via) >= 10 {
+		return errors.New("10 redirects, and still another")
+	}
+	if req.Method == http.MethodGet {
+		req.Header.Del("Origin")
+	}
+	site := "same-origin"
+	if req.URL.Host != via[0].URL.Host || via[len(via)-1].Header.Get("Sec-Fetch-Site") == "cross-site" {
+		site = "cross-site"
+	}
+	req.Header.Set("Sec-Fetch-Site", site)
+	req.Header.Set("Sec-Fetch-Mode", "navigate")
+	req.Header.Set("Sec-Fetch-Dest", "document")
+	return nil
 }
 
 func dialLocal(ctx context.Context, network, addr string) (net.Conn, error) {
