@@ -48,9 +48,8 @@ type world struct {
 	server  *authd.Server
 	cfg     authd.Config
 	url     string
-	records *cached.Server
+	records *recording
 	audit   *auditLog
-	log     *bytes.Buffer
 	ca      *tlsid.CA
 	idp     *oidcrptest.Provider // nil with the embedded one
 	root    *http.Client         // trusts authd, follows nothing
@@ -73,6 +72,20 @@ func (c *clock) advance(d time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.add += d
+}
+
+// recording is cached with a memory of everything that was written.
+type recording struct {
+	*cached.Server
+	mu  sync.Mutex
+	ops []sallyport.Op
+}
+
+func (r *recording) Apply(ctx context.Context, batch []sallyport.Op) (sallyport.Revision, error) {
+	r.mu.Lock()
+	r.ops = append(r.ops, batch...)
+	r.mu.Unlock()
+	return r.Server.Apply(ctx, batch)
 }
 
 // auditLog is an Auditor in memory that can be told to fail.
@@ -147,11 +160,11 @@ func withEmbedded(t *testing.T, change ...func(*authd.Config)) *world {
 func newWorld(t *testing.T, change func(*authd.Config)) *world {
 	t.Helper()
 	w := &world{t: t, audit: &auditLog{}, clock: &clock{}}
-	var err error
-	w.records, err = cached.New(cached.Config{}, cached.Deps{Store: memory.New(), MACKey: make([]byte, cached.KeySize), Now: w.clock.now})
+	store, err := cached.New(cached.Config{}, cached.Deps{Store: memory.New(), MACKey: make([]byte, cached.KeySize), Now: w.clock.now})
 	if err != nil {
 		t.Fatal(err)
 	}
+	w.records = &recording{Server: store}
 	if w.ca, err = tlsid.NewCA("session-ca", 0); err != nil {
 		t.Fatal(err)
 	}

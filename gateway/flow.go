@@ -147,8 +147,10 @@ func (s *Server) decide(ctx context.Context, g *grant) (sallyport.Decision, *sal
 		}
 		answers, err := s.authorize(ctx, []sallyport.Request{q})
 		if err != nil {
+			s.metrics.decisions.Inc("none")
 			return sallyport.Decision{}, s.table.failed(g, err)
 		}
+		s.metrics.decisions.Inc(answers[0].Verdict.String())
 		switch d := answers[0]; s.table.answer(g, d, asked, peer.Addr(), at) {
 		case allowed:
 			return d, nil
@@ -168,7 +170,9 @@ func (s *Server) decide(ctx context.Context, g *grant) (sallyport.Decision, *sal
 func (s *Server) authorize(ctx context.Context, questions []sallyport.Request) ([]sallyport.Decision, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.limits.DecisionTimeout)
 	defer cancel()
+	began := time.Now()
 	answers, err := s.deps.Authorizer.Authorize(ctx, questions)
+	s.metrics.deciding.Observe(time.Since(began).Seconds())
 	if err == nil && len(answers) != len(questions) {
 		err = errors.New("policyd gave another number of answers than it was asked questions")
 	}
@@ -209,6 +213,7 @@ func (s *Server) refuse(st tunnel.ServerStream, g *grant, e *sallyport.Error) {
 	if g != nil && g.audited {
 		s.auditClose(context.Background(), g, e.Code, relay.Result{})
 	}
+	s.metrics.refusals.Inc(e.Code)
 	s.log.Debug("flow refused", "session", st.Conn().Peer().Session, "target", st.Target().String(), "code", e.Code, "error", e)
 	if err := st.Refuse(e); err != nil {
 		s.log.Debug("refusal not delivered", "error", err)
@@ -245,6 +250,8 @@ func (s *Server) flowEnded(ctx context.Context, g *grant, r relay.Result, took t
 		})
 	}
 	s.auditClose(ctx, g, code, r)
+	s.metrics.bytes.Add(float64(r.Up), "up")
+	s.metrics.bytes.Add(float64(r.Down), "down")
 	s.log.Debug("flow closed", "flow", g.flow, "code", code, "up", r.Up, "down", r.Down, "took", took)
 }
 

@@ -33,7 +33,7 @@ func TestFlowCarriesBytesAndIsAudited(t *testing.T) {
 		if c := closed[0]; c.Code != "eof" || c.BytesUp != 4 || c.BytesDown != 4 {
 			t.Errorf("audit: close %+v; want eof and 4 bytes each way", c)
 		}
-		if n := b.table.flows(); n != 0 {
+		if n := b.table.flowCount(); n != 0 {
 			t.Errorf("%d flows left in the table", n)
 		}
 	})

@@ -51,6 +51,8 @@ type policy struct {
 	calls         int
 	watchers      map[chan sallyport.Notice]struct{}
 	broken        chan struct{} // closed: streams break
+	hold          chan struct{} // not nil: streams start once it is closed
+	trust         *sallyport.Trust
 }
 
 func newPolicy() *policy {
@@ -100,12 +102,19 @@ func (p *policy) breakStreams() {
 func (p *policy) Watch(ctx context.Context, each func(sallyport.Notice) error) error {
 	w := make(chan sallyport.Notice, 1<<14)
 	p.mu.Lock()
-	broken := p.broken
+	broken, hold := p.broken, p.hold
 	p.watchers[w] = struct{}{}
 	hello := p.notice()
 	p.mu.Unlock()
 	defer p.set(func() { delete(p.watchers, w) })
-	hello.First = true
+	hello.First, hello.Trust = true, p.trust
+	if hold != nil {
+		select {
+		case <-hold:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 	if err := each(hello); err != nil {
 		return err
 	}

@@ -17,6 +17,7 @@ import (
 	"sallyport"
 	"sallyport/proto/connect"
 	"sallyport/tunnel"
+	"sallyport/tunnel/h3"
 	"sallyport/tunnel/lane"
 )
 
@@ -38,13 +39,6 @@ type host struct {
 	serve func(context.Context, *tls.Conn)
 }
 
-// trust is the tunnel host's TLS configuration with the session CAs it believes:
-// immutable, replaced as a whole.
-type trust struct {
-	lane *tls.Config // http/1.1 over TCP
-	quic *tls.Config // h3 over QUIC
-}
-
 // believe replaces the session CAs. Connections that were let in under the
 // earlier ones stay: their sessions are decided on by policyd, not by the CA.
 func (s *Server) believe(t sallyport.Trust) error {
@@ -54,10 +48,17 @@ func (s *Server) believe(t sallyport.Trust) error {
 	}
 	s.trust.Store(&trust{
 		lane: tunnel.ServerTLS(s.deps.Certificate, pool, lane.NextProto),
-		quic: tunnel.ServerTLS(s.deps.Certificate, pool, "h3"),
+		quic: tunnel.ServerTLS(s.deps.Certificate, pool, h3.NextProto),
 	})
 	s.log.Info("session CAs taken")
 	return nil
+}
+
+// trust is the tunnel host's TLS configuration with the session CAs that it
+// believes: immutable, replaced as a whole.
+type trust struct {
+	lane *tls.Config // http/1.1 over TCP
+	quic *tls.Config // h3 over QUIC
 }
 
 var (
@@ -80,10 +81,7 @@ func (s *Server) tunnelLane(hello *tls.ClientHelloInfo) (*tls.Config, error) {
 
 // tunnelQUIC returns the tunnel host's configuration for QUIC, which serves no
 // other host.
-func (s *Server) tunnelQUIC(hello *tls.ClientHelloInfo) (*tls.Config, error) {
-	if strings.ToLower(hello.ServerName) != s.cfg.host() {
-		return unknownHost, nil
-	}
+func (s *Server) tunnelQUIC(*tls.ClientHelloInfo) (*tls.Config, error) {
 	if t := s.trust.Load(); t != nil {
 		return t.quic, nil
 	}

@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"sallyport"
+	"sallyport/internal/backoff"
 	"sallyport/proto/connect"
 	"sallyport/tunnel"
 )
@@ -30,26 +31,13 @@ const (
 
 // watch follows policyd's stream of changes until ctx ends.
 func (s *Server) watch(ctx context.Context) error {
-	pause := minPause
-	for {
-		err := s.deps.Changes.Watch(ctx, func(n sallyport.Notice) error {
-			if err := s.notice(n); err != nil {
-				return err
-			}
-			pause = minPause
-			return nil
+	retry := backoff.Backoff{First: 20 * time.Millisecond, Max: time.Second}
+	retry.Keep(ctx,
+		func(ctx context.Context) error { return s.deps.Changes.Watch(ctx, s.notice) },
+		func(err error, attempt int) {
+			s.log.Warn("stream of changes broke", "error", err, "attempt", attempt)
 		})
-		if ctx.Err() != nil {
-			return nil
-		}
-		s.log.Warn("stream of changes broke", "error", err, "retry", pause)
-		select {
-		case <-time.After(pause):
-		case <-ctx.Done():
-			return nil
-		}
-		pause = min(2*pause, time.Second)
-	}
+	return nil
 }
 
 // notice takes one message of policyd.
@@ -177,6 +165,7 @@ func (s *Server) endFlow(w withdrawal) {
 		return // its CONNECT has not been answered: the refusal tells why
 	}
 	after := time.Since(w.cut.learned)
+	s.metrics.cut(w.cut.word, after)
 	s.log.Info("flow withdrawn", "flow", w.grant.flow, "session", w.grant.session, "target", w.grant.target.String(),
 		"code", w.cut.word, "reason", w.cut.reason, "after", after)
 	s.hub.publish(w.grant.session, withdrawnEvent(w, after))

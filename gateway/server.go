@@ -16,8 +16,10 @@ import (
 	"sallyport/gateway/upstream"
 	"sallyport/internal/logging"
 	"sallyport/internal/relay"
+	"sallyport/internal/telemetry"
 	"sallyport/proto/connect"
 	"sallyport/tunnel"
+	"sallyport/tunnel/h3"
 	"sallyport/tunnel/lane"
 )
 
@@ -41,6 +43,8 @@ type Deps struct {
 	// Certificate returns the tunnel host's certificate; it is called at each
 	// handshake. This field is required.
 	Certificate func() *tls.Certificate
+	// Metrics takes the gateway's figures; nil: nobody counts.
+	Metrics *telemetry.Registry
 	// Version is what /v1/events says hello with.
 	Version string
 	// Resolver resolves the names of services; nil: net.DefaultResolver.
@@ -54,14 +58,16 @@ type Server struct {
 	log    logging.Logger
 	limits Limits
 
-	table  *table
-	hub    hub
-	guard  *upstream.Guard
-	dialer *upstream.Dialer
+	table   *table
+	hub     hub
+	metrics metrics
+	guard   *upstream.Guard
+	dialer  *upstream.Dialer
 	// dialUpstream is dialer.Dial, replaced in tests that have no network.
 	dialUpstream func(context.Context, sallyport.Upstream) (relay.Conn, error)
 
 	hosts      map[string]host // by name, lower case; fixed by New
+	quic       *h3.Server
 	handshakes *budget
 	trust      atomic.Pointer[trust]
 
@@ -90,9 +96,10 @@ func New(cfg Config, deps Deps) (*Server, error) {
 	}
 	limits := cfg.Limits.withDefaults()
 	guard := new(upstream.Guard)
+	table := newTable(limits)
 	s := &Server{
 		cfg: cfg, deps: deps, log: deps.Log, limits: limits,
-		table:  newTable(limits),
+		table: table, metrics: newMetrics(deps.Metrics, table),
 		guard:  guard,
 		dialer: &upstream.Dialer{Guard: guard, Resolver: deps.Resolver, Timeout: limits.DialTimeout},
 		again:  make(chan struct{}, 1),
@@ -102,6 +109,10 @@ func New(cfg Config, deps Deps) (*Server, error) {
 	}
 	s.dialUpstream = s.dialer.Dial
 	lanes := lane.NewServer(lane.ServerConfig{Domain: deps.Domain, Host: cfg.host(), Handler: s, Log: deps.Log})
+	s.quic = h3.NewServer(h3.ServerConfig{
+		TLS:    &tls.Config{MinVersion: tls.VersionTLS13, GetConfigForClient: s.tunnelQUIC},
+		Domain: deps.Domain, Host: cfg.host(), Handler: s, Log: deps.Log,
+	})
 	s.hosts[cfg.host()] = host{config: s.tunnelLane, serve: lanes.ServeConn}
 	return s, nil
 }
@@ -121,6 +132,10 @@ func (s *Server) Serve(ctx context.Context, tcp net.Listener, udp net.PacketConn
 	g.Go(func() error { return s.tick(serving) })
 	if tcp != nil {
 		g.Go(func() error { return s.acceptTCP(ctx, serving, g, tcp) })
+	}
+	if udp != nil {
+		defer udp.Close()
+		g.Go(func() error { return s.quic.Serve(serving, udp) })
 	}
 
 	select {
@@ -162,7 +177,7 @@ func (s *Server) drain(ctx context.Context) {
 	defer limit.Stop()
 	poll := time.NewTicker(20 * time.Millisecond)
 	defer poll.Stop()
-	for s.table.flows() > 0 {
+	for s.table.flowCount() > 0 {
 		select {
 		case <-poll.C:
 			continue

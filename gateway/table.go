@@ -319,9 +319,15 @@ func (t *table) decisionOf(g *grant) sallyport.Decision {
 	return g.decision
 }
 
-// flows counts the flows of all sessions.
-func (t *table) flows() int {
+// flowCount counts the flows of all sessions.
+func (t *table) flowCount() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return len(t.grants) - len(t.carriers)
+}
+
+func (t *table) carrierCount() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.carriers)
 }

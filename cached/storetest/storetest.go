@@ -62,7 +62,19 @@ func Key() []byte {
 // an implementation over an empty, running store of its own, which lives until
 // the (sub)test ends.
 func Records(t *testing.T, open func(t *testing.T) API) {
-	for _, c := range recordsCases {
-		t.Run(c.name, func(t *testing.T) { c.run(t, open(t)) })
+	for _, group := range []struct {
+		name  string
+		cases []recordsCase
+	}{{"records", recordsCases}, {"watch", watchCases}, {"revoke", revokeCases}} {
+		t.Run(group.name, func(t *testing.T) {
+			for _, c := range group.cases {
+				t.Run(c.name, func(t *testing.T) { c.run(t, &client{t, open(t)}) })
+			}
+		})
 	}
+}
+
+type recordsCase struct {
+	name string
+	run  func(*testing.T, *client)
 }

@@ -96,14 +96,15 @@ func (c constant) path() string {
 	}
 	return "reject"
 }
-func (c constant) wanted(bool) string { return "always holds" }
-func (c constant) found(*Input) (string, time.Duration) {
+
+func (c constant) wanted(bool) string {
 	if Value(c) == True {
-		return "always", 0
+		return "always holds"
 	}
-	return "never", 0
+	return "never holds"
 }
-func (c constant) note(*Input, *Inputs) {}
+func (c constant) found(*Input) (string, time.Duration) { return Value(c).String(), 0 }
+func (c constant) note(*Input, *Inputs)                 {}
 
 // authenticated is authenticated_user: there is a live session.
 type authenticated struct{}

@@ -39,7 +39,7 @@ var sources = []string{sallyport.SourceOS, sallyport.SourceFile, sallyport.Sourc
 
 var factName = regexp.MustCompile(`^[a-z][a-z0-9_]{0,63}$`)
 
-// device is a fact, or a field of the device's record (is, approved, type): all
+// recordFields are the fields of the device's record that stand beside the facts
 // under the criterion device.
 var recordFields = map[string]struct {
 	kind  byte
@@ -171,7 +171,7 @@ func (p *parser) fact(e entry, common bounds) (*fact, bool) {
 		maps.Copy(ops, orderOperators)
 	}
 	f.match.tests, ok = p.textTests(n, "device."+e.key, ops, p.kind(known.kind))
-	return f, p.versions(f, n) && ok
+	return f, ok && p.versions(f, n)
 }
 
 // factBounds takes max_age and source out of a fact's matcher and returns the rest.
@@ -235,6 +235,9 @@ func (f *fact) lookup(in *Input) (got sallyport.Fact, left time.Duration, why st
 	if in.Person == nil {
 		return got, 0, noSession
 	}
+	if in.Person.Device == nil {
+		return got, 0, noDevice
+	}
 	if in.Person.Posture == nil {
 		return got, 0, "unknown (no report)"
 	}
@@ -296,6 +299,8 @@ func (f *fact) note(in *Input, to *Inputs) {
 	to.Facts[f.name] = FactInput{got.Value, got.Source, FactAge(in.Person.Posture, got, in.Now).Milliseconds()}
 }
 
+const noDevice = "unknown (this session has no device)"
+
 // deviceField is a field of the device's record: is, approved, type.
 type deviceField struct {
 	name  string
@@ -333,7 +338,7 @@ func (f *deviceField) found(in *Input) (string, time.Duration) {
 	case in.Person == nil:
 		return noSession, 0
 	case in.Person.Device == nil:
-		return "unknown (this session has no device)", 0
+		return noDevice, 0
 	}
 	return valueWords(f.value(in.Person.Device)), 0
 }

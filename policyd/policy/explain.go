@@ -2,6 +2,7 @@ package policy
 
 import (
 	"cmp"
+	"strings"
 
 	"sallyport"
 )
@@ -44,6 +45,19 @@ func (s *Set) Reasons(in *Input, a Answer, all bool) []sallyport.Reason {
 	return e.reasons
 }
 
+// opposite negates a matcher's words.
+func opposite(words string) string {
+	switch rest, is := strings.CutPrefix(words, "is "); {
+	case words == "is true":
+		return "is false"
+	case words == "is false":
+		return "is true"
+	case is && !strings.Contains(rest, " "):
+		return "is not " + rest
+	}
+	return "not: " + words
+}
+
 type explanation struct {
 	in      *Input
 	route   *route
@@ -61,7 +75,7 @@ func (e *explanation) add(r *rule, c criterion, got, want Value) {
 	}
 	wanted := c.wanted(e.open)
 	if want == False {
-		wanted = "not: " + wanted
+		wanted = opposite(wanted)
 	}
 	found, age := c.found(e.in)
 	e.reasons = append(e.reasons, sallyport.Reason{

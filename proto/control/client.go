@@ -27,10 +27,11 @@ import (
 // when it is first used, and again whenever it has to. Records and Policy give
 // the interfaces of what the service offers. Safe for concurrent use.
 type Client struct {
-	name  string // of the service, for people
-	addrs []resolver.Address
-	creds credentials.TransportCredentials
-	log   logging.Logger
+	name      string // of the service, for people
+	authority string
+	addrs     []resolver.Address
+	creds     credentials.TransportCredentials
+	log       logging.Logger
 
 	mu     sync.Mutex // guards what follows
 	conn   *grpc.ClientConn
@@ -52,9 +53,9 @@ func Dial(addrs []string, tlsConf *tls.Config, log logging.Logger) (*Client, err
 	if len(addrs) == 0 {
 		return nil, errors.New("dial: no address")
 	}
-	c := &Client{log: log, creds: unixCredentials{log}, name: "the service"}
+	c := &Client{log: log, creds: unixCredentials{log}, authority: "localhost"}
 	if tlsConf != nil {
-		c.creds = credentials.NewTLS(tlsConf)
+		c.creds, c.authority = credentials.NewTLS(tlsConf), tlsConf.ServerName
 		c.name, _, _ = strings.Cut(tlsConf.ServerName, ".")
 	}
 	for _, addr := range addrs {
@@ -120,8 +121,9 @@ func (c *Client) replace(silent *grpc.ClientConn) {
 func (c *Client) connect() (*grpc.ClientConn, error) {
 	addresses := manual.NewBuilderWithScheme("sallyport")
 	addresses.InitialState(resolver.State{Addresses: c.addrs})
-	options := []grpc.DialOption{
+	return grpc.NewClient("sallyport:///"+c.name,
 		grpc.WithTransportCredentials(c.creds),
+		grpc.WithAuthority(c.authority),
 		grpc.WithResolvers(addresses),
 		grpc.WithContextDialer(dialContext),
 		grpc.WithNoProxy(),
@@ -137,11 +139,7 @@ func (c *Client) connect() (*grpc.ClientConn, error) {
 		// 10 s is the least that gRPC lets a client choose; streams notice earlier.
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: Silence, PermitWithoutStream: true}),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(MaxMessage), grpc.MaxCallSendMsgSize(MaxMessage)),
-	}
-	if c.creds.Info().ServerName == "" {
-		options = append(options, grpc.WithAuthority("localhost"))
-	}
-	return grpc.NewClient("sallyport:///"+c.name, options...)
+	)
 }
 
 func dialContext(ctx context.Context, addr string) (net.Conn, error) {

@@ -146,6 +146,7 @@ func (p *process) signal(t *testing.T, s syscall.Signal) {
 // SECURITY-CASES M: a daemon that is stopped, not dead: its kernel still takes
 // connections and bytes.
 func TestFrozenServiceIsNoticed(t *testing.T) {
+	t.Parallel()
 	p := newPKI(t)
 	daemon := start(t, p, "policyd")
 	svc := remote(dial(t, p.client("operator", "policyd"), daemon.line(t)))
@@ -202,6 +203,7 @@ func TestFrozenServiceIsNoticed(t *testing.T) {
 }
 
 func TestFrozenFirstAddressIsLeft(t *testing.T) {
+	t.Parallel()
 	p := newPKI(t)
 	frozen, alive := start(t, p, "policyd"), start(t, p, "policyd")
 	svc := remote(dial(t, p.client("operator", "policyd"), frozen.line(t), alive.line(t)))
@@ -220,6 +222,7 @@ func TestFrozenFirstAddressIsLeft(t *testing.T) {
 
 // A client that is frozen, or killed, must not keep a lease.
 func TestFrozenClientLosesItsLease(t *testing.T) {
+	t.Parallel()
 	p := newPKI(t)
 	for _, signal := range []syscall.Signal{syscall.SIGSTOP, syscall.SIGKILL} {
 		s := newSite()

@@ -203,8 +203,10 @@ func fullAllow(q sallyport.Request) sallyport.Decision {
 		ID: "d-0123456789ABCDEF", Verdict: sallyport.VerdictAllow, Rule: "dba", Route: "tcp://db.internal:443",
 		Upstream: sallyport.Upstream{Network: sallyport.TCP, Host: "10.0.3.7", Port: q.Target.Port, Literal: true},
 		DependsOn: []sallyport.Subject{
-			{Kind: sallyport.SubjectSession, ID: string(q.Session)}, {Kind: sallyport.SubjectLogin, ID: "l-0123456789ABCDEF"},
-			{Kind: sallyport.SubjectUser, ID: "alice"}, {Kind: sallyport.SubjectPolicy},
+			{Kind: sallyport.SubjectSession, ID: string(q.Session)},
+			{Kind: sallyport.SubjectLogin, ID: "l-0123456789ABCDEF"},
+			{Kind: sallyport.SubjectUser, ID: "alice"},
+			{Kind: sallyport.SubjectPolicy},
 		},
 		ValidFor: time.Hour, Epoch: epoch, AsOf: 214, PolicyRevision: 7,
 		Who: sallyport.Identity{Session: q.Session, User: "alice", Email: "alice@corp.example"},

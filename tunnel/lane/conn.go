@@ -35,18 +35,6 @@ func newConn(c *tls.Conn, early []byte) *conn {
 	return &conn{Conn: c, early: early, raw: socket(c)}
 }
 
-// socket returns the TCP connection at the bottom of c, below any TLS to a proxy.
-func socket(c *tls.Conn) net.Conn {
-	raw := c.NetConn()
-	for {
-		inner, ok := raw.(interface{ NetConn() net.Conn })
-		if !ok {
-			return raw
-		}
-		raw = inner.NetConn()
-	}
-}
-
 func (c *conn) Read(b []byte) (int, error) {
 	if len(c.early) > 0 {
 		n := copy(b, c.early)
@@ -83,7 +71,7 @@ func (c *conn) readError(err error) error {
 // end of the TCP stream without close_notify is one: whoever truncates must not
 // pass for whoever finished (RFC 8446, section 6.1).
 func resetError(err error) error {
-	if err == io.ErrUnexpectedEOF || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) {
+	if err == io.ErrUnexpectedEOF || errors.Is(err, errCut) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) {
 		return &tunnel.ResetError{}
 	}
 	return err

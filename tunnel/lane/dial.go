@@ -66,7 +66,7 @@ func (d *dialer) dial(ctx context.Context) (*tls.Conn, error) {
 }
 
 func handshake(ctx context.Context, raw net.Conn, conf *tls.Config) (*tls.Conn, error) {
-	c := tls.Client(raw, conf)
+	c := tls.Client(Socket(raw), conf)
 	if err := c.HandshakeContext(ctx); err != nil {
 		raw.Close()
 		return nil, err

@@ -41,7 +41,7 @@ func listen(t testing.TB, conf *tls.Config, domain, host string, h tunnel.Handle
 			if err != nil {
 				return
 			}
-			wg.Go(func() { s.ServeConn(ctx, tls.Server(c, conf)) })
+			wg.Go(func() { s.ServeConn(ctx, tls.Server(lane.Socket(c), conf)) })
 		}
 	})
 	t.Cleanup(func() {

@@ -1,0 +1,117 @@
+package policy
+
+import (
+	"fmt"
+	"testing"
+
+	"sallyport"
+)
+
+// benchInput is a person with 50 groups and 10 facts at a site of n routes.
+func benchInput(tb testing.TB, n int) (*Set, *Input) {
+	routes := make([]sallyport.Route, n)
+	for i := range routes {
+		routes[i] = sallyport.Route{
+			From: fmt.Sprintf("tcp://db%d.internal:5432", i), To: "tcp://10.0.3.7:5432",
+			Policy: fmt.Sprintf(`
+- name: dba
+  allow: {and: [{groups: {has: team-%d}}, {device: {disk_encrypted: true, os_version: {">=": "15.4"}}}]}
+- name: leavers
+  deny: {or: [{groups: {has: leavers}}, {device: {firewall: false}}]}
+`, 40+i%10),
+		}
+	}
+	set, err := Compile(routes, Options{})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	var groups []sallyport.Group
+	for i := range 50 {
+		groups = append(groups, sallyport.Group{ID: fmt.Sprintf("00000000-%d", i), Name: fmt.Sprintf("team-%d", i)})
+	}
+	facts := map[string]sallyport.Fact{"os_version": {Value: "15.10", At: noon, Source: "os"}}
+	for _, name := range []string{"disk_encrypted", "firewall", "screen_lock", "secure_boot", "managed", "a", "b", "c", "d"} {
+		facts[name] = sallyport.Fact{Value: true, At: noon, Source: "os"}
+	}
+	return set, &Input{
+		Now:     noon,
+		Request: &sallyport.Request{Session: "s1", Target: sallyport.Target{Network: "tcp", Host: fmt.Sprintf("db%d.internal", n-1), Port: 5432}},
+		Person: &Person{
+			Session: &sallyport.Session{ID: "s1", Device: "d1"}, User: &sallyport.User{ID: "u1"}, Email: "a@b",
+			Groups: NewGroups(groups), Device: &sallyport.Device{ID: "d1"},
+			Posture: &sallyport.Posture{Received: noon, Sequence: noon.UnixMilli(), Facts: facts},
+		},
+	}
+}
+
+func TestDecideAllocatesNothing(t *testing.T) {
+	set, in := benchInput(t, 100)
+	for name, change := range map[string]func(){
+		"allow":   func() {},
+		"deny":    func() { in.Person.Groups = NewGroups(nil) },
+		"nobody":  func() { in.Person = nil },
+		"nowhere": func() { in.Request.Target.Host = "a.b.c.d.e.f" },
+	} {
+		saved, request := *in, *in.Request
+		person := *in.Person
+		change()
+		if n := testing.AllocsPerRun(1000, func() { set.Decide(in) }); n != 0 {
+			t.Errorf("%s: %v allocations a decision; want none", name, n)
+		}
+		*in, *in.Request = saved, request
+		*in.Person = person
+	}
+}
+
+// Every criterion's evaluation is free of allocations, too.
+func TestCriteriaAllocateNothing(t *testing.T) {
+	in := asker(t, `email=a@b groups=a claim.x="1" claim.o={"p":true} fact.firewall=true fact.os_version="15.4" fact.edr=4 fact.os="linux" type=tpm approved=true`)
+	for _, l := range append([]string{"device: {is: d1}", "device: {type: tpm}", "email: {contains: A, starts_with: a, ends_with: B}"}, leaves...) {
+		set := compileOne(t, "allow: {or: [{"+l+"}]}")
+		in.Request = &sallyport.Request{Session: "s1", Target: sallyport.Target{Network: "tcp", Host: "db.internal", Port: 5432}}
+		if n := testing.AllocsPerRun(100, func() { set.Decide(in) }); n != 0 {
+			t.Errorf("%s: %v allocations", l, n)
+		}
+	}
+}
+
+func BenchmarkDecide(b *testing.B) {
+	for _, n := range []int{1, 100, 10_000} {
+		b.Run(fmt.Sprintf("routes=%d", n), func(b *testing.B) {
+			set, in := benchInput(b, n)
+			b.ReportAllocs()
+			for b.Loop() {
+				if set.Decide(in).Verdict != sallyport.VerdictAllow {
+					b.Fatal("denied")
+				}
+			}
+		})
+	}
+}
+
+func BenchmarkCompile(b *testing.B) {
+	routes := make([]sallyport.Route, 10_000)
+	for i := range routes {
+		routes[i] = sallyport.Route{From: fmt.Sprintf("tcp://db%d.internal:5432", i), Policy: fmt.Sprintf("{name: r%d, %s}", i, anyone)}
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := Compile(routes, Options{}); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkRemedies(b *testing.B) {
+	set := compileOne(b, `
+allow: {and: [{device: {disk_encrypted: true, firewall: true, screen_lock: true, secure_boot: true, managed: true, a: true,
+  b: true, c: true, d: true, e: true, f: true, g: true}}, {groups: nobody}]}
+`)
+	_, in := benchInput(b, 1)
+	in.Request.Target.Host = "db.internal"
+	in.Person.Posture.Facts = nil
+	b.ReportAllocs()
+	for b.Loop() {
+		set.Remedies(in, set.Decide(in))
+	}
+}
