@@ -11,6 +11,7 @@ import (
 
 	"sallyport"
 	"sallyport/agent/forward"
+	"sallyport/agent/login"
 	"sallyport/proto/connect"
 	"sallyport/tunnel"
 )
@@ -47,7 +48,7 @@ func (a *Agent) Open(ctx context.Context, t sallyport.Target) (*forward.Flow, er
 // help: not a refusal, and not a certificate that is not to be trusted.
 func Unreached(err error) bool {
 	code := sallyport.CodeOf(err)
-	return code == connect.ProblemGatewayDown || code == "authd.unreachable"
+	return code == connect.ProblemGatewayDown || code == login.CodeUnreachable
 }
 
 // about names the target in a refusal that is about one.

@@ -41,6 +41,8 @@ type link struct {
 	session sallyport.SessionID
 	since   time.Time
 	owed    chan struct{} // capacity 1: a posture report is due
+	hears   chan struct{} // closed once the event stream has been open
+	once    sync.Once
 
 	mu       sync.Mutex
 	rtt      time.Duration
@@ -146,25 +148,33 @@ func (a *Agent) dialGateway(ctx context.Context, g sallyport.GatewayInfo, s *log
 	dialCtx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
 	network := networkTo(u)
-	c, err := a.cfg.Dial(dialCtx, a.order(network), tunnel.DialConfig{Gateway: g, TLS: conf})
+	order := a.order(network)
+	c, err := a.cfg.Dial(dialCtx, order, tunnel.DialConfig{Gateway: g, TLS: conf})
 	if err != nil {
 		return nil, tunnel.DialFailure(u.Host, err)
 	}
-	a.won(network, c.Name())
-	l := &link{carrier: c, gateway: g, host: u.Hostname(), session: s.Session, since: time.Now(), owed: make(chan struct{}, 1),
+	a.won(network, order, c.Name())
+	l := &link{carrier: c, gateway: g, host: u.Hostname(), session: s.Session, since: time.Now(), owed: make(chan struct{}, 1), hears: make(chan struct{}),
 		cuts: map[sallyport.FlowID]connect.Event{}, waiting: map[sallyport.FlowID]chan struct{}{}}
 	// Before the first question, so that it is answered from what is true now.
 	reportCtx, done := context.WithTimeout(ctx, firstReport)
 	defer done()
+	a.tasks.Go(func() { a.readEvents(ctx, l) })
 	if err := a.reportFirst(reportCtx, l); sallyport.OutcomeOf(err) == sallyport.OutcomeLogin {
 		c.Close()
 		return nil, err
+	}
+	// A flow that is cut at once must not be cut without a reason.
+	select {
+	case <-l.hears:
+	case <-reportCtx.Done():
+	case <-c.Done():
 	}
 	a.adopt(ctx, l)
 	return l, nil
 }
 
-// adopt makes l the agent's link and starts reading its events.
+// adopt makes l the agent's link.
 func (a *Agent) adopt(ctx context.Context, l *link) {
 	a.mu.Lock()
 	old := a.link
@@ -173,7 +183,6 @@ func (a *Agent) adopt(ctx context.Context, l *link) {
 	if old != nil {
 		a.tasks.Go(func() { a.retire(ctx, old) })
 	}
-	a.tasks.Go(func() { a.readEvents(ctx, l) })
 	a.cfg.Log.Info("carrier up", "gateway", l.gateway.URL, "carrier", l.carrier.Name())
 }
 
@@ -326,6 +335,7 @@ func (a *Agent) streamEvents(ctx context.Context, l *link) error {
 	if resp.StatusCode != http.StatusOK {
 		return connect.ReadRefusal(resp)
 	}
+	l.once.Do(func() { close(l.hears) })
 	lines := bufio.NewScanner(resp.Body)
 	lines.Buffer(nil, maxEvent)
 	for lines.Scan() {
