@@ -38,6 +38,7 @@ type Agent struct {
 	link     *link     // nil: no carrier
 	dialling *call[*link]
 
+	owed       chan struct{} // capacity 1: a posture report is due
 	factsKnown chan struct{} // closed after the first collection
 	factsOnce  sync.Once
 	facts      map[string]sallyport.Fact // guarded by mu
@@ -63,7 +64,7 @@ func New(cfg Config) (*Agent, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Agent{cfg: cfg, state: root, dir: dir, running: make(chan struct{}), factsKnown: make(chan struct{})}, nil
+	return &Agent{cfg: cfg, state: root, dir: dir, running: make(chan struct{}), owed: make(chan struct{}, 1), factsKnown: make(chan struct{})}, nil
 }
 
 // Close releases the directories.
@@ -168,12 +169,9 @@ func (a *Agent) Posture() (*posture.Source, error) { return a.postureSource() }
 func (a *Agent) learn(facts map[string]sallyport.Fact) {
 	a.mu.Lock()
 	a.facts = facts
-	l := a.link
 	a.mu.Unlock()
 	a.factsOnce.Do(func() { close(a.factsKnown) })
-	if l != nil {
-		l.owePosture()
-	}
+	a.owePosture()
 }
 
 // Facts returns what was read last.

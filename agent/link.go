@@ -40,7 +40,6 @@ type link struct {
 	host    string
 	session sallyport.SessionID
 	since   time.Time
-	owed    chan struct{} // capacity 1: a posture report is due
 	hears   chan struct{} // closed once the event stream has been open
 	once    sync.Once
 
@@ -154,7 +153,7 @@ func (a *Agent) dialGateway(ctx context.Context, g sallyport.GatewayInfo, s *log
 		return nil, tunnel.DialFailure(u.Host, err)
 	}
 	a.won(network, order, c.Name())
-	l := &link{carrier: c, gateway: g, host: u.Hostname(), session: s.Session, since: time.Now(), owed: make(chan struct{}, 1), hears: make(chan struct{}),
+	l := &link{carrier: c, gateway: g, host: u.Hostname(), session: s.Session, since: time.Now(), hears: make(chan struct{}),
 		cuts: map[sallyport.FlowID]connect.Event{}, waiting: map[sallyport.FlowID]chan struct{}{}}
 	// Before the first question, so that it is answered from what is true now.
 	reportCtx, done := context.WithTimeout(ctx, firstReport)
@@ -180,6 +179,7 @@ func (a *Agent) adopt(ctx context.Context, l *link) {
 	old := a.link
 	a.link = l
 	a.mu.Unlock()
+	a.owePosture() // facts may have changed after the report that it started with
 	if old != nil {
 		a.tasks.Go(func() { a.retire(ctx, old) })
 	}
@@ -461,10 +461,10 @@ func (a *Agent) newGateways(list []sallyport.GatewayInfo) {
 	}
 }
 
-// owePosture asks the report loop for a report on this link.
-func (l *link) owePosture() {
+// owePosture asks the report loop for a report.
+func (a *Agent) owePosture() {
 	select {
-	case l.owed <- struct{}{}:
+	case a.owed <- struct{}{}:
 	default:
 	}
 }
@@ -478,7 +478,7 @@ func (a *Agent) reportFirst(ctx context.Context, l *link) error {
 	}
 	err := a.report(ctx, l)
 	if err != nil {
-		l.owePosture()
+		a.owePosture()
 	}
 	return err
 }
@@ -490,21 +490,21 @@ func (a *Agent) reportLoop(ctx context.Context) {
 	defer retry.Stop()
 	failed := false
 	for {
-		a.mu.Lock()
-		l := a.link
-		a.mu.Unlock()
-		var owed <-chan struct{}
-		if l != nil {
-			owed = l.owed
-		}
 		select {
 		case <-ctx.Done():
 			return
-		case <-owed:
+		case <-a.owed:
 		case <-retry.C:
-			if !failed || l == nil {
+			if !failed {
 				continue
 			}
+		}
+		a.mu.Lock()
+		l := a.link
+		a.mu.Unlock()
+		if l == nil {
+			failed = false // a new link starts with a report, and asks for another
+			continue
 		}
 		reportCtx, cancel := context.WithTimeout(ctx, apiTimeout)
 		failed = a.report(reportCtx, l) != nil
