@@ -179,6 +179,7 @@ func (a *Agent) adopt(ctx context.Context, l *link) {
 	old := a.link
 	a.link = l
 	a.mu.Unlock()
+	a.owePosture() // facts may have changed after the report that it started with
 	if old != nil {
 		a.tasks.Go(func() { a.retire(ctx, old) })
 	}
@@ -500,7 +501,7 @@ func (a *Agent) reportLoop(ctx context.Context) {
 		}
 		l := a.liveLink()
 		if l == nil {
-			failed = false // the next carrier starts with a report
+			failed = false // a new link starts with a report, and asks for another
 			continue
 		}
 		reportCtx, cancel := context.WithTimeout(ctx, apiTimeout)

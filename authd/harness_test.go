@@ -30,6 +30,7 @@ import (
 	"sallyport/authd/idp"
 	"sallyport/cached"
 	"sallyport/cached/memory"
+	"sallyport/internal/logging"
 	"sallyport/internal/oidcrp/oidcrptest"
 	"sallyport/internal/tlsid"
 	"sallyport/proto/connect"
@@ -48,9 +49,9 @@ type world struct {
 	server  *authd.Server
 	cfg     authd.Config
 	url     string
-	records *cached.Server
+	records *recording
 	audit   *auditLog
-	log     *bytes.Buffer
+	log     *logBuffer // at trace level
 	ca      *tlsid.CA
 	idp     *oidcrptest.Provider // nil with the embedded one
 	root    *http.Client         // trusts authd, follows nothing
@@ -73,6 +74,38 @@ func (c *clock) advance(d time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.add += d
+}
+
+// recording is cached with a memory of everything that was written.
+type recording struct {
+	*cached.Server
+	mu  sync.Mutex
+	ops []sallyport.Op
+}
+
+func (r *recording) Apply(ctx context.Context, batch []sallyport.Op) (sallyport.Revision, error) {
+	r.mu.Lock()
+	r.ops = append(r.ops, batch...)
+	r.mu.Unlock()
+	return r.Server.Apply(ctx, batch)
+}
+
+// logBuffer keeps what daemons log.
+type logBuffer struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
 }
 
 // auditLog is an Auditor in memory that can be told to fail.
@@ -146,12 +179,16 @@ func withEmbedded(t *testing.T, change ...func(*authd.Config)) *world {
 
 func newWorld(t *testing.T, change func(*authd.Config)) *world {
 	t.Helper()
-	w := &world{t: t, audit: &auditLog{}, clock: &clock{}}
-	var err error
-	w.records, err = cached.New(cached.Config{}, cached.Deps{Store: memory.New(), MACKey: make([]byte, cached.KeySize), Now: w.clock.now})
+	w := &world{t: t, audit: &auditLog{}, log: &logBuffer{}, clock: &clock{}}
+	logger, err := logging.New(w.log, "trace", logging.FormatJSON)
 	if err != nil {
 		t.Fatal(err)
 	}
+	store, err := cached.New(cached.Config{}, cached.Deps{Store: memory.New(), MACKey: make([]byte, cached.KeySize), Now: w.clock.now})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.records = &recording{Server: store}
 	if w.ca, err = tlsid.NewCA("session-ca", 0); err != nil {
 		t.Fatal(err)
 	}
@@ -160,7 +197,7 @@ func newWorld(t *testing.T, change func(*authd.Config)) *world {
 	w.cfg = authd.Config{PublicURL: w.url, Listen: "127.0.0.1:0"}
 	change(&w.cfg)
 	w.server, err = authd.New(w.cfg, authd.Deps{
-		Domain: domain, Records: w.records, Audit: w.audit, SessionCA: w.ca,
+		Domain: domain, Records: w.records, Audit: w.audit, Log: logger, SessionCA: w.ca,
 		SealKey: bytes.Repeat([]byte{7}, 32), Now: w.clock.now,
 	})
 	if err != nil {

@@ -169,6 +169,8 @@ func (p *Provider) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		p.showLogin(w, r)
 	case path == pathLogin && method == http.MethodPost:
 		p.submitLogin(w, r)
+	case path == pathCallback && method == http.MethodGet && !p.store.completed(r.URL.Query().Get("id")):
+		p.startAgain(w) // op would log it as an error, for anybody who asks
 	case path == pathCallback && method == http.MethodGet,
 		path == pathToken && method == http.MethodPost,
 		path == pathKeys && method == http.MethodGet:

@@ -114,6 +114,14 @@ func (s *storage) complete(id, subject string) bool {
 	return true
 }
 
+// completed reports whether a password was right and no code was given out yet.
+func (s *storage) completed(id string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r, ok := s.live(id)
+	return ok && r.subject != "" && r.code == [32]byte{}
+}
+
 // CreateAuthRequest takes what Provider.authorize has let through. PKCE is
 // checked again, since a code without it would be a bearer secret.
 func (s *storage) CreateAuthRequest(_ context.Context, q *oidc.AuthRequest, _ string) (op.AuthRequest, error) {

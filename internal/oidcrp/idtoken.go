@@ -233,6 +233,12 @@ func parseClaims(payload []byte) (claims, error) {
 	if c == nil {
 		return nil, errors.New("not an object")
 	}
+	for name := range c {
+		// Whoever reads this with encoding/json takes "SUB" for "sub".
+		if lower := strings.ToLower(name); lower != name && slices.Contains(protocolClaims, lower) {
+			return nil, errors.New("a claim of the protocol in another case")
+		}
+	}
 	return c, nil
 }
 

@@ -14,6 +14,7 @@ import (
 	"go/token"
 	"io/fs"
 	"path"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -25,17 +26,21 @@ type Rules struct {
 	Layers    []Layer
 	Owners    []Owner
 	Forbidden []string
+	// Fields is the file in the tree whose table lists the names of log fields;
+	// empty, or a file that is not there: any name will do.
+	Fields string
 }
 
 // House returns the rules of this project.
 func House() Rules {
-	return Rules{Module: "sallyport", Layers: layers, Owners: owners, Forbidden: forbidden}
+	return Rules{Module: "sallyport", Layers: layers, Owners: owners, Forbidden: forbidden, Fields: "docs/logging.md"}
 }
 
 // Check returns what is wrong in the tree, a line each, "file:line: what". It
 // leaves out testdata, hidden directories and modules of their own.
 func Check(tree fs.FS, rules Rules) ([]string, error) {
 	c := &checker{rules: rules, fset: token.NewFileSet(), packages: map[string]*pkg{}}
+	c.readFields(tree)
 	err := fs.WalkDir(tree, ".", func(name string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
@@ -79,6 +84,7 @@ type checker struct {
 	rules    Rules
 	fset     *token.FileSet
 	packages map[string]*pkg
+	fields   map[string]bool // nil: any name will do
 	faults   []string
 }
 
@@ -110,6 +116,7 @@ func (c *checker) file(name string, src []byte) {
 	c.inits(f)
 	if !testSupport(dir) {
 		c.words(name, src)
+		c.logFields(f)
 	}
 	if public(dir) && !testSupport(dir) {
 		c.exports(f)
@@ -341,6 +348,64 @@ func (c *checker) words(name string, src []byte) {
 			c.faults = append(c.faults, fmt.Sprintf("%s:%d: %s", name, 1+bytes.Count(src[:i], []byte("\n")), word))
 		}
 	}
+}
+
+// fieldNames finds `name` in the first column of a table.
+var fieldNames = regexp.MustCompile("`([a-z_]+)`")
+
+func (c *checker) readFields(tree fs.FS) {
+	doc, err := fs.ReadFile(tree, c.rules.Fields)
+	if err != nil {
+		return
+	}
+	c.fields = map[string]bool{}
+	for line := range strings.Lines(string(doc)) {
+		if columns := strings.Split(line, "|"); len(columns) > 2 {
+			for _, m := range fieldNames.FindAllStringSubmatch(columns[1], -1) {
+				c.fields[m[1]] = true
+			}
+		}
+	}
+}
+
+// logFields checks that log.Info("message", "field", value, …) and its like use
+// known names.
+func (c *checker) logFields(f *ast.File) {
+	if c.fields == nil {
+		return
+	}
+	ast.Inspect(f, func(n ast.Node) bool {
+		call, ok := n.(*ast.CallExpr)
+		if !ok {
+			return true
+		}
+		sel, ok := call.Fun.(*ast.SelectorExpr)
+		if !ok || !slices.Contains([]string{"Trace", "Debug", "Info", "Warn", "Error"}, sel.Sel.Name) {
+			return true
+		}
+		if len(call.Args) < 3 || literal(call.Args[0]) == "" {
+			return true
+		}
+		for i := 1; i < len(call.Args); i += 2 {
+			if name := literal(call.Args[i]); name != "" && !c.fields[name] {
+				c.faultf(call.Args[i].Pos(), "log field %q is not in %s", name, c.rules.Fields)
+			}
+		}
+		return true
+	})
+}
+
+// literal returns the text of a string literal, or "".
+func literal(e ast.Expr) string {
+	lit, ok := e.(*ast.BasicLit)
+	if !ok || lit.Kind != token.STRING {
+		return ""
+	}
+	s, err := strconv.Unquote(lit.Value)
+	if err != nil {
+		return ""
+	}
+	return s
 }
 
 // inits checks that nothing happens before main says so.

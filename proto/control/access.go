@@ -31,12 +31,12 @@ var access = map[string]map[string]rule{
 	KindPolicyd: {
 		pb.Records_Get_FullMethodName:    noSecrets,
 		pb.Records_Watch_FullMethodName:  always, // never carries secrets
-		pb.Records_Apply_FullMethodName:  postureAndRevocations,
+		pb.Records_Apply_FullMethodName:  policydWrites,
 		pb.Revoker_Revoke_FullMethodName: always, // replay of direct revocations
 	},
 	KindAuthd: {
 		pb.Records_Get_FullMethodName:   always,
-		pb.Records_Apply_FullMethodName: noConfiguration,
+		pb.Records_Apply_FullMethodName: authdWrites,
 		pb.Records_Watch_FullMethodName: always,
 		pb.Records_Lease_FullMethodName: always,
 		pb.Records_List_FullMethodName:  always,
@@ -51,34 +51,60 @@ func always(any) error { return nil }
 
 func noSecrets(request any) error {
 	if q, ok := request.(*pb.GetRequest); !ok || !sallyport.Kind(q.GetKind()).Streamed() {
-		return fmt.Errorf("records of kind %.40q are authd's", q.GetKind())
+		return fmt.Errorf("records of kind %.40q are not for policyd", q.GetKind())
 	}
 	return nil
 }
 
-func noConfiguration(request any) error {
-	q, _ := request.(*pb.ApplyRequest)
-	for _, op := range q.GetOps() {
-		if sallyport.Kind(op.GetKind()) == sallyport.KindConfig {
-			return fmt.Errorf("the configuration is the operator's")
+// authdWrites lets authd keep everything about people and what it gave them.
+// The configuration, that is the policy, is the operator's.
+func authdWrites(request any) error {
+	return eachOp(request, func(op *pb.Op) error {
+		switch kind := sallyport.Kind(op.GetKind()); kind {
+		case sallyport.KindConfig, sallyport.KindRecord:
+			return fmt.Errorf("records of kind %s are the operator's", kind)
+		case sallyport.KindAuditHead:
+			return ownHead(KindAuthd, op)
 		}
-	}
-	return nil
+		return nil
+	})
 }
 
-// postureAndRevocations lets policyd store what agents report and replay what
-// was revoked at it; it cannot create a session.
-func postureAndRevocations(request any) error {
-	q, _ := request.(*pb.ApplyRequest)
-	for _, op := range q.GetOps() {
-		switch sallyport.Kind(op.GetKind()) {
+// policydWrites lets policyd store what agents report, and replay what was
+// revoked at it (policyd's withdraw): it can end sessions, and create none.
+func policydWrites(request any) error {
+	return eachOp(request, func(op *pb.Op) error {
+		switch kind := sallyport.Kind(op.GetKind()); kind {
 		case sallyport.KindPosture, sallyport.KindDevice, sallyport.KindUser:
+			return nil
 		case sallyport.KindSession, sallyport.KindLogin:
 			if !op.GetDelete() {
-				return fmt.Errorf("policyd may only delete records of kind %.40q", op.GetKind())
+				return fmt.Errorf("policyd may only delete records of kind %s", kind)
 			}
-		default:
-			return fmt.Errorf("policyd may not write records of kind %.40q", op.GetKind())
+			return nil
+		case sallyport.KindAuditHead:
+			return ownHead(KindPolicyd, op)
+		}
+		return fmt.Errorf("policyd may not write records of kind %.40q", op.GetKind())
+	})
+}
+
+// ownHead lets a daemon vouch for its own audit chain and for no other.
+func ownHead(daemon string, op *pb.Op) error {
+	if op.GetId() != daemon || op.GetDelete() {
+		return fmt.Errorf("%s may only replace its own audit head", daemon)
+	}
+	return nil
+}
+
+func eachOp(request any, check func(*pb.Op) error) error {
+	q, ok := request.(*pb.ApplyRequest)
+	if !ok {
+		return fmt.Errorf("no batch")
+	}
+	for _, op := range q.GetOps() {
+		if err := check(op); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -109,11 +135,11 @@ func (c caller) check(method string, request any) error {
 	if c.local || c.kind == KindOperator {
 		return nil
 	}
-	rule, ok := access[c.kind][method]
+	allowed, ok := access[c.kind][method]
 	if !ok {
 		return forbidden(c.String(), shortMethod(method))
 	}
-	if err := rule(request); err != nil {
+	if err := allowed(request); err != nil {
 		e := forbidden(c.String(), shortMethod(method)).(*sallyport.Error)
 		e.Message += " with this: " + err.Error()
 		return e

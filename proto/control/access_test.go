@@ -70,6 +70,9 @@ func TestAccessLooksAtRequests(t *testing.T) {
 			{Kind: string(sallyport.KindPosture)}, {Kind: string(kind), Delete: del},
 		}}
 	}
+	head := func(id string, del bool) any {
+		return &pb.ApplyRequest{Ops: []*pb.Op{{Kind: string(sallyport.KindAuditHead), Id: id, Delete: del}}}
+	}
 	get := func(kind sallyport.Kind) any { return &pb.GetRequest{Kind: string(kind)} }
 	tests := []struct {
 		kind    string
@@ -91,6 +94,13 @@ func TestAccessLooksAtRequests(t *testing.T) {
 		{KindAuthd, pb.Records_Get_FullMethodName, get(sallyport.KindIDPToken), true},
 		{KindAuthd, pb.Records_Apply_FullMethodName, apply(sallyport.KindSession, false), true},
 		{KindAuthd, pb.Records_Apply_FullMethodName, apply(sallyport.KindConfig, false), false},
+		{KindAuthd, pb.Records_Apply_FullMethodName, apply(sallyport.KindRecord, true), false},
+		{KindAuthd, pb.Records_Apply_FullMethodName, head("authd", false), true},
+		{KindAuthd, pb.Records_Apply_FullMethodName, head("policyd", false), false},
+		{KindAuthd, pb.Records_Apply_FullMethodName, head("authd", true), false},
+		{KindPolicyd, pb.Records_Apply_FullMethodName, head("policyd", false), true},
+		{KindPolicyd, pb.Records_Apply_FullMethodName, head("cached", false), false},
+		{KindPolicyd, pb.Records_Apply_FullMethodName, nil, false},
 		{KindOperator, pb.Records_Apply_FullMethodName, apply(sallyport.KindConfig, false), true},
 	}
 	for _, tt := range tests {

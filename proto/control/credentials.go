@@ -51,7 +51,7 @@ func newTLSCredentials(conf *tls.Config, domain string, log logging.Logger) cred
 func (t tlsCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	conn, info, err := t.TransportCredentials.ServerHandshake(raw)
 	if err != nil {
-		t.log.Debug("handshake failed", "peer", raw.RemoteAddr().String(), "err", err)
+		t.log.Debug("handshake failed", "peer", raw.RemoteAddr().String(), "error", err)
 		return nil, nil, err
 	}
 	tlsInfo, ok := info.(credentials.TLSInfo)
@@ -62,7 +62,7 @@ func (t tlsCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.Aut
 	kind, name, err := tlsid.PeerService(tlsInfo.State, t.domain)
 	if err != nil {
 		conn.Close()
-		t.log.Warn("certificate names no service", "peer", raw.RemoteAddr().String(), "err", err)
+		t.log.Warn("certificate names no service", "peer", raw.RemoteAddr().String(), "error", err)
 		return nil, nil, err
 	}
 	return conn, authInfo{private, caller{kind: kind, name: name}}, nil
@@ -96,7 +96,7 @@ func (u unixCredentials) handshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 	}
 	if err != nil {
 		raw.Close()
-		u.log.Warn("unix socket peer refused", "uid", uid, "err", err)
+		u.log.Warn("unix socket peer refused", "uid", uid, "error", err)
 		return nil, nil, err
 	}
 	return raw, authInfo{private, caller{local: true, uid: uid}}, nil

@@ -140,7 +140,7 @@ func (s *Server) admit(ctx context.Context, method string, request any) error {
 		return forbidden(caller{}.String(), shortMethod(method))
 	}
 	if err := who.check(method, request); err != nil {
-		s.log.Warn("call refused", "service", who.String(), "method", shortMethod(method), "err", err)
+		s.log.Warn("call refused", "service", who.String(), "method", shortMethod(method), "error", err)
 		return err
 	}
 	return nil

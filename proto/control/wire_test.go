@@ -370,6 +370,7 @@ func TestStopEndsStreams(t *testing.T) {
 // A receiver that is slow holds the sender back, and the stream lives on: the
 // clock of Silence stands still meanwhile.
 func TestSlowReceiverHoldsSenderBack(t *testing.T) {
+	t.Parallel()
 	s := newSite()
 	svc := overTLS(t, s)
 	for range 200 {
@@ -400,6 +401,31 @@ func TestSlowReceiverHoldsSenderBack(t *testing.T) {
 	if err := next(t, ended); !errors.Is(err, context.Canceled) || got != 199 {
 		t.Errorf("got %d changes, then %v; want 199", got, err)
 	}
+}
+
+// Nothing to say is no silence: streams and leases live on while nothing happens.
+func TestQuietStreamsLive(t *testing.T) {
+	t.Parallel()
+	svc := overTLS(t, newSite())
+	events, ended := follow(t.Context(), svc, sallyport.WatchRequest{})
+	for range 3 {
+		next(t, events)
+	}
+	err := svc.Lease(t.Context(), "x", time.Second, func(held context.Context) error {
+		select {
+		case <-held.Done():
+			return errors.New("the lease is lost")
+		case err := <-ended:
+			return err
+		case <-time.After(control.Silence + control.Pulse):
+			return nil
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	must(t, svc, sallyport.Op{Kind: sallyport.KindUser, ID: "u"})
+	next(t, events)
 }
 
 func TestClosedClientFails(t *testing.T) {
