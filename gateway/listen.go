@@ -161,7 +161,7 @@ func passing(err error) bool {
 // serveConn does the handshake, within its own time, and hands the connection
 // to its host.
 func (s *Server) serveConn(ctx context.Context, c net.Conn, config *tls.Config, shaken func()) {
-	t := tls.Server(c, config)
+	t := tls.Server(lane.Socket(c), config)
 	hctx, cancel := context.WithTimeout(ctx, tunnel.HandshakeTimeout)
 	err := t.HandshakeContext(hctx)
 	cancel()

@@ -128,7 +128,7 @@ func Open(m Machine, file string) (*Source, error) {
 	}
 	if err != nil {
 		return nil, &sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: "usage.posture_file",
-			Message: "cannot use the posture file " + file, Err: err}
+			Message: "cannot use the posture file " + file + ": " + err.Error()}
 	}
 	return s, nil
 }
