@@ -203,10 +203,15 @@ func TestCase_M1_NoAllowInAMillion(t *testing.T) {
 			if refusal != nil {
 				t.Fatalf("attempt %d: not even registered: %v", i, refusal)
 			}
-			if _, refusal := b.decide(a.conn.ctx, g); refusal == nil || refusal.Outcome != sallyport.OutcomeUnavailable {
+			if _, _, refusal := b.table.ask(g, time.Now(), a.conn.RemoteAddr()); refusal == nil || refusal.Outcome != sallyport.OutcomeUnavailable {
 				t.Fatalf("attempt %d: got %v; want unavailable", i, refusal)
 			}
 			b.table.drop(g)
+		}
+		for range 100 { // the same through the front
+			if e := a.refused(db); e.Outcome != sallyport.OutcomeUnavailable {
+				t.Fatalf("CONNECT: got %v; want unavailable", e)
+			}
 		}
 		if b.policy.calls != asked || b.dials.Load() != 0 || b.table.flowCount() != 0 {
 			t.Errorf("%d questions, %d dials, %d flows left; want none", b.policy.calls-asked, b.dials.Load(), b.table.flowCount())
