@@ -4,8 +4,8 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"sallyport"
@@ -24,12 +24,12 @@ type Agent struct {
 	running chan struct{} // closed when Run has started
 	life    context.Context
 	tasks   sync.WaitGroup // goroutines of Run
-	doing   atomic.Pointer[phase]
 
 	keyOnce sync.Mutex // one makes or reads the key
 	key     *keys.Key
 
 	mu       sync.Mutex
+	phases   []*phase
 	ended    bool           // Run is over: no new tasks
 	session  *login.Session // nil: none in this process yet
 	renewing *call[*login.Session]
@@ -38,6 +38,7 @@ type Agent struct {
 	link     *link     // nil: no carrier
 	dialling *call[*link]
 
+	owed       chan struct{} // capacity 1: a posture report is due
 	factsKnown chan struct{} // closed after the first collection
 	factsOnce  sync.Once
 	facts      map[string]sallyport.Fact // guarded by mu
@@ -63,7 +64,7 @@ func New(cfg Config) (*Agent, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Agent{cfg: cfg, state: root, dir: dir, running: make(chan struct{}), factsKnown: make(chan struct{})}, nil
+	return &Agent{cfg: cfg, state: root, dir: dir, running: make(chan struct{}), owed: make(chan struct{}, 1), factsKnown: make(chan struct{})}, nil
 }
 
 // Close releases the directories.
@@ -140,7 +141,7 @@ func (a *Agent) deviceKey(ctx context.Context, create bool) (*keys.Key, error) {
 	return k, err
 }
 
-// DeviceKey describes the device key; fs.ErrNotExist if there is none yet.
+// DeviceKey describes the device key; keys.ErrNone if there is none yet.
 func (a *Agent) DeviceKey(ctx context.Context) (*keys.Key, error) { return a.deviceKey(ctx, false) }
 
 // postureSource reads facts of this machine and of the posture file, if one is
@@ -168,12 +169,9 @@ func (a *Agent) Posture() (*posture.Source, error) { return a.postureSource() }
 func (a *Agent) learn(facts map[string]sallyport.Fact) {
 	a.mu.Lock()
 	a.facts = facts
-	l := a.link
 	a.mu.Unlock()
 	a.factsOnce.Do(func() { close(a.factsKnown) })
-	if l != nil {
-		l.owePosture()
-	}
+	a.owePosture()
 }
 
 // Facts returns what was read last.
@@ -190,26 +188,35 @@ func (a *Agent) Session() *login.Session {
 	return a.session
 }
 
-// phase is what the agent waits for.
+// phase is something that the agent waits for.
 type phase struct {
 	what  string
 	since time.Time
 }
 
 // during says that the agent waits for what, until the returned func is called.
-func (a *Agent) during(what string) func() {
+func (a *Agent) during(what string) (done func()) {
 	p := &phase{what, time.Now()}
-	before := a.doing.Swap(p)
-	return func() { a.doing.CompareAndSwap(p, before) }
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.phases = append(a.phases, p)
+	return func() {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		a.phases = slices.DeleteFunc(a.phases, func(q *phase) bool { return q == p })
+	}
 }
 
-// WaitsFor says what the agent waits for, and for how long already; empty if
-// nothing.
+// WaitsFor says what the agent waits for, the newest if for several things, and
+// for how long already; empty if nothing.
 func (a *Agent) WaitsFor() (what string, since time.Duration) {
-	if p := a.doing.Load(); p != nil {
-		return p.what, time.Since(p.since)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(a.phases) == 0 {
+		return "", 0
 	}
-	return "", 0
+	p := a.phases[len(a.phases)-1]
+	return p.what, time.Since(p.since)
 }
 
 // call is one piece of work that several goroutines wait for.

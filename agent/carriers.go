@@ -63,13 +63,14 @@ func (a *Agent) networks() map[string]winner {
 	return known
 }
 
-// won remembers the winner of a race.
-func (a *Agent) won(network, carrier string) {
-	if a.cfg.Transport != automatic || network == "" {
+// won remembers the winner of a race that QUIC could have won: that a lane wins
+// when it goes first says nothing new.
+func (a *Agent) won(network string, order []string, carrier string) {
+	if network == "" || len(order) < 2 || order[0] == carrier && carrier == overTLS {
 		return
 	}
 	known := a.networks()
-	if known[network].Carrier == carrier && time.Since(known[network].At) < trustWinner/2 {
+	if known[network].Carrier == carrier && carrier == quic {
 		return
 	}
 	for len(known) >= maxNetworks {

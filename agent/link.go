@@ -40,7 +40,8 @@ type link struct {
 	host    string
 	session sallyport.SessionID
 	since   time.Time
-	owed    chan struct{} // capacity 1: a posture report is due
+	hears   chan struct{} // closed once the event stream has been open
+	once    sync.Once
 
 	mu       sync.Mutex
 	rtt      time.Duration
@@ -146,34 +147,42 @@ func (a *Agent) dialGateway(ctx context.Context, g sallyport.GatewayInfo, s *log
 	dialCtx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
 	network := networkTo(u)
-	c, err := a.cfg.Dial(dialCtx, a.order(network), tunnel.DialConfig{Gateway: g, TLS: conf})
+	order := a.order(network)
+	c, err := a.cfg.Dial(dialCtx, order, tunnel.DialConfig{Gateway: g, TLS: conf})
 	if err != nil {
 		return nil, tunnel.DialFailure(u.Host, err)
 	}
-	a.won(network, c.Name())
-	l := &link{carrier: c, gateway: g, host: u.Hostname(), session: s.Session, since: time.Now(), owed: make(chan struct{}, 1),
+	a.won(network, order, c.Name())
+	l := &link{carrier: c, gateway: g, host: u.Hostname(), session: s.Session, since: time.Now(), hears: make(chan struct{}),
 		cuts: map[sallyport.FlowID]connect.Event{}, waiting: map[sallyport.FlowID]chan struct{}{}}
 	// Before the first question, so that it is answered from what is true now.
 	reportCtx, done := context.WithTimeout(ctx, firstReport)
 	defer done()
+	a.tasks.Go(func() { a.readEvents(ctx, l) })
 	if err := a.reportFirst(reportCtx, l); sallyport.OutcomeOf(err) == sallyport.OutcomeLogin {
 		c.Close()
 		return nil, err
+	}
+	// A flow that is cut at once must not be cut without a reason.
+	select {
+	case <-l.hears:
+	case <-reportCtx.Done():
+	case <-c.Done():
 	}
 	a.adopt(ctx, l)
 	return l, nil
 }
 
-// adopt makes l the agent's link and starts reading its events.
+// adopt makes l the agent's link.
 func (a *Agent) adopt(ctx context.Context, l *link) {
 	a.mu.Lock()
 	old := a.link
 	a.link = l
 	a.mu.Unlock()
+	a.owePosture() // facts may have changed after the report that it started with
 	if old != nil {
 		a.tasks.Go(func() { a.retire(ctx, old) })
 	}
-	a.tasks.Go(func() { a.readEvents(ctx, l) })
 	a.cfg.Log.Info("carrier up", "gateway", l.gateway.URL, "carrier", l.carrier.Name())
 }
 
@@ -326,6 +335,7 @@ func (a *Agent) streamEvents(ctx context.Context, l *link) error {
 	if resp.StatusCode != http.StatusOK {
 		return connect.ReadRefusal(resp)
 	}
+	l.once.Do(func() { close(l.hears) })
 	lines := bufio.NewScanner(resp.Body)
 	lines.Buffer(nil, maxEvent)
 	for lines.Scan() {
@@ -451,10 +461,10 @@ func (a *Agent) newGateways(list []sallyport.GatewayInfo) {
 	}
 }
 
-// owePosture asks the report loop for a report on this link.
-func (l *link) owePosture() {
+// owePosture asks the report loop for a report.
+func (a *Agent) owePosture() {
 	select {
-	case l.owed <- struct{}{}:
+	case a.owed <- struct{}{}:
 	default:
 	}
 }
@@ -468,7 +478,7 @@ func (a *Agent) reportFirst(ctx context.Context, l *link) error {
 	}
 	err := a.report(ctx, l)
 	if err != nil {
-		l.owePosture()
+		a.owePosture()
 	}
 	return err
 }
@@ -480,21 +490,19 @@ func (a *Agent) reportLoop(ctx context.Context) {
 	defer retry.Stop()
 	failed := false
 	for {
-		a.mu.Lock()
-		l := a.link
-		a.mu.Unlock()
-		var owed <-chan struct{}
-		if l != nil {
-			owed = l.owed
-		}
 		select {
 		case <-ctx.Done():
 			return
-		case <-owed:
+		case <-a.owed:
 		case <-retry.C:
-			if !failed || l == nil {
+			if !failed {
 				continue
 			}
+		}
+		l := a.liveLink()
+		if l == nil {
+			failed = false // a new link starts with a report, and asks for another
+			continue
 		}
 		reportCtx, cancel := context.WithTimeout(ctx, apiTimeout)
 		failed = a.report(reportCtx, l) != nil

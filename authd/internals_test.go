@@ -147,8 +147,18 @@ func FuzzUseNonce(f *testing.F) {
 	f.Add(good)
 	f.Add(strings.Repeat("a", len(good)))
 	f.Fuzz(func(t *testing.T, nonce string) {
-		if _, err := v.useNonce(nonce); err == nil && nonce != good {
-			t.Fatalf("accepted %q", nonce)
+		use, err := v.useNonce(nonce)
+		if err != nil {
+			return
+		}
+		// Every spelling of one nonce is used up by one record.
+		raw, err := lowerBase32.DecodeString(nonce)
+		if err != nil {
+			t.Fatalf("accepted %q: %v", nonce, err)
+		}
+		again, err := v.useNonce(lowerBase32.EncodeToString(raw))
+		if err != nil || again.ID != use.ID {
+			t.Fatalf("%q is used up as %s, its other spelling as %s: %v", nonce, use.ID, again.ID, err)
 		}
 	})
 }

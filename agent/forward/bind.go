@@ -118,7 +118,7 @@ func conflict(host string, port uint16, err error) *sallyport.Error {
 		}
 		e.Hint = fmt.Sprintf("take another port: -L %d:TARGET", highPort(port))
 	default:
-		e.Message = fmt.Sprintf("cannot listen on %s", net.JoinHostPort(host, fmt.Sprint(port)))
+		e.Message = fmt.Sprintf("cannot listen on %s: %s", net.JoinHostPort(host, fmt.Sprint(port)), cause(err))
 	}
 	return e
 }
@@ -157,7 +157,7 @@ func bindUnix(ctx context.Context, path string) (*Bound, error) {
 	l, err := lc.Listen(ctx, "unix", path)
 	if err != nil {
 		return nil, &sallyport.Error{Outcome: sallyport.OutcomeConflict, Code: "local.socket",
-			Message: "cannot make the socket " + path, Err: err}
+			Message: "cannot make the socket " + path + ": " + cause(err), Err: err}
 	}
 	if err := os.Chmod(path, 0o600); err != nil {
 		l.Close()
@@ -165,4 +165,13 @@ func bindUnix(ctx context.Context, path string) (*Bound, error) {
 			Message: "cannot close the socket " + path + " to other users", Err: err}
 	}
 	return &Bound{Listener: l, path: path}, nil
+}
+
+// cause is the system's own word for what went wrong.
+func cause(err error) string {
+	var errno syscall.Errno
+	if errors.As(err, &errno) {
+		return errno.Error()
+	}
+	return err.Error()
 }

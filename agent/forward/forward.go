@@ -23,6 +23,7 @@ import (
 // Limits of what is held while a login runs, and of the end after Ctrl-C.
 const (
 	MaxHeld = 64              // connections of one target
+	heldAt  = 2 * time.Second // what waits longer is held: nobody but a login takes so long
 	HoldFor = 5 * time.Minute // at most
 	Drain   = 5 * time.Second // for flows that live when Serve is told to stop
 )
@@ -159,17 +160,10 @@ func (f *Forward) serve(accepting, hard context.Context, c net.Conn) error {
 		down.Reset(0)
 		return nil
 	}
-	if !f.hold() {
-		f.Say(&sallyport.Error{Outcome: sallyport.OutcomeConflict, Code: "local.too_many_held",
-			Message: fmt.Sprintf("%s: %d connections wait already, closed one more", f.Target.Authority(), MaxHeld)})
-		down.Reset(0)
-		return nil
-	}
 	ctx, cancel := context.WithTimeoutCause(accepting, HoldFor, &sallyport.Error{Outcome: sallyport.OutcomeLogin,
 		Code: "local.held_too_long", Message: fmt.Sprintf("%s: a connection waited %s, closed it", f.Target.Authority(), HoldFor)})
-	flow, err := f.Opener.Open(ctx, f.Target)
+	flow, err := f.open(ctx)
 	cancel()
-	f.release()
 	if err != nil {
 		down.Reset(0)
 		if accepting.Err() != nil {
@@ -214,6 +208,29 @@ func (f *Forward) checkPeer(c net.Conn) error {
 	return &sallyport.Error{Outcome: sallyport.OutcomeDenied, Code: "local.other_user", Err: err,
 		Message: fmt.Sprintf("refused a connection of %s to %s", who, c.LocalAddr()),
 		Hint:    fmt.Sprintf("%s may use it; to let others in: --allow-uid", f.Allow)}
+}
+
+// open asks for a flow. A connection that has to wait needs one of the places for
+// those; a burst of connections that are let in at once needs none.
+func (f *Forward) open(ctx context.Context) (*Flow, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	held, decided := false, make(chan struct{})
+	timer := time.AfterFunc(heldAt, func() {
+		defer close(decided)
+		if held = f.hold(); !held {
+			cancel(&sallyport.Error{Outcome: sallyport.OutcomeConflict, Code: "local.too_many_held",
+				Message: fmt.Sprintf("%s: %d connections wait already, closed one more", f.Target.Authority(), MaxHeld)})
+		}
+	})
+	flow, err := f.Opener.Open(ctx, f.Target)
+	if timer.Stop() {
+		return flow, err
+	}
+	if <-decided; held {
+		f.release()
+	}
+	return flow, err
 }
 
 func (f *Forward) hold() bool {

@@ -18,6 +18,7 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+	"syscall"
 	"time"
 
 	"sallyport"
@@ -212,10 +213,27 @@ func (c *Client) unreachable(err error) error {
 	if errors.As(err, &verify) || errors.As(err, &unknown) || errors.As(err, &host) || errors.As(err, &invalid) {
 		return &sallyport.Error{Outcome: sallyport.OutcomeUnavailable, Code: "tls.server_untrusted",
 			Message: "the certificate of " + c.base.Host + " is not to be trusted",
-			Hint:    "if your company signs it itself: agent login " + c.base.String() + " --ca FILE", Err: innermost(err)}
+			Hint:    "if your company signs it itself: agent login " + c.base.String() + " --ca FILE", Err: err}
 	}
-	return &sallyport.Error{Outcome: sallyport.OutcomeUnavailable, Code: "authd.unreachable",
-		Message: "cannot reach the login service at " + c.base.Host, Hint: "check the network, then try again", Err: innermost(err)}
+	return &sallyport.Error{Outcome: sallyport.OutcomeUnavailable, Code: CodeUnreachable,
+		Message: "cannot reach the login service at " + c.base.Host + ": " + inWords(err), Hint: "check the network, then try again", Err: err}
+}
+
+// CodeUnreachable is the code of the error for an authd that nobody has reached.
+const CodeUnreachable = "authd.unreachable"
+
+func inWords(err error) string {
+	var dns *net.DNSError
+	var timeout interface{ Timeout() bool }
+	switch {
+	case errors.As(err, &dns):
+		return "its name does not resolve"
+	case errors.As(err, &timeout) && timeout.Timeout():
+		return "no answer"
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return "nobody listens there"
+	}
+	return "the connection failed"
 }
 
 func contextError(err error) error {
@@ -223,19 +241,6 @@ func contextError(err error) error {
 		return context.Canceled
 	}
 	return nil
-}
-
-// innermost drops the URL, which net/http puts in front, and "dial tcp" chains.
-func innermost(err error) error {
-	var u *url.Error
-	if errors.As(err, &u) {
-		err = u.Err
-	}
-	var op *net.OpError
-	if errors.As(err, &op) && op.Op == "dial" {
-		return op
-	}
-	return err
 }
 
 func badAnswer(what string, err error) error {

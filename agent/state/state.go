@@ -144,8 +144,19 @@ func refuse(code, message, hint string) error {
 }
 
 func unusable(path string, err error) error {
-	return &sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: "state.unusable", Message: "cannot use " + path,
+	return &sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: "state.unusable", Message: "cannot use " + path + ": " + cause(err),
 		Hint: "make it a directory of your own with mode 0700, or set XDG_STATE_HOME to one", Err: err}
+}
+
+// cause is the innermost word of an error: "permission denied".
+func cause(err error) string {
+	for {
+		inner := errors.Unwrap(err)
+		if inner == nil {
+			return err.Error()
+		}
+		err = inner
+	}
 }
 
 // Path returns the directory's path, for messages.

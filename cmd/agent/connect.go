@@ -378,9 +378,7 @@ func (s *shell) runCommand(ctx context.Context, o *open) error {
 	c.Stdin, c.Stdout, c.Stderr = s.stdin, s.stdout, s.stderr
 	c.Env = append(os.Environ(), "SALLYPORT_HOST="+host, "SALLYPORT_PORT="+port, "SALLYPORT_ADDR="+addr)
 	if err := c.Start(); err != nil {
-		e := usage("exec", "cannot run %.80q", args[0])
-		e.Err = errors.Unwrap(err)
-		return e
+		return usage("exec", "cannot run %.80q: %v", args[0], errors.Unwrap(err))
 	}
 	// Ctrl-C goes to the whole foreground group, so the command has it already;
 	// a SIGTERM is passed on.

@@ -132,22 +132,30 @@ func runWhy(s *shell, ctx context.Context, args []string) error {
 func (s *shell) printWhy(w io.Writer, t sallyport.Target, d sallyport.Decision) {
 	if d.Allowed() {
 		fmt.Fprintf(w, "allowed: %s\n  rule %q of route %s%s\n", t.Authority(), d.Rule, d.Route, untilClock(d))
+		for _, r := range d.Reasons {
+			fmt.Fprintf(w, "    %-24s %s%s\n", r.Condition, r.Found, age(r.Age))
+		}
+		fmt.Fprintf(w, "  decision %s, policy revision %d\n", d.ID, d.PolicyRevision)
 	} else {
-		fmt.Fprintf(w, "%s: %s\n", map[sallyport.Verdict]string{sallyport.VerdictPending: "approval pending", sallyport.VerdictLogin: "login needed"}[d.Verdict]+denied(d), t.Authority())
-	}
-	for _, l := range connect.Explain(d) {
-		fmt.Fprintln(w, "  "+l)
+		fmt.Fprintf(w, "%s: %s\n", refusals[d.Verdict], t.Authority())
+		for _, l := range connect.Explain(d) {
+			fmt.Fprintln(w, "  "+l)
+		}
 	}
 	if s.o.decision != "" {
 		fmt.Fprintf(w, "  this is how it is decided now; decision %s is in the site's audit log\n", connect.Printable(s.o.decision, 60))
 	}
 }
 
-func denied(d sallyport.Decision) string {
-	if d.Verdict == sallyport.VerdictDeny {
-		return "denied"
+var refusals = map[sallyport.Verdict]string{
+	sallyport.VerdictDeny: "denied", sallyport.VerdictPending: "approval pending", sallyport.VerdictLogin: "login needed",
+}
+
+func age(d time.Duration) string {
+	if d <= 0 {
+		return ""
 	}
-	return ""
+	return "   (checked " + left(d) + " ago)"
 }
 
 // untilClock says until when the clock alone keeps an answer.

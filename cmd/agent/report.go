@@ -62,6 +62,9 @@ func (s *shell) explain(err error) {
 	for _, line := range explanation(err, e) {
 		s.say("%s", line)
 	}
+	if s.o.verbose && e.Err != nil {
+		s.say("  cause: %s", connect.Printable(err.Error(), 2000))
+	}
 }
 
 func explanation(err error, e *sallyport.Error) []string {
@@ -94,14 +97,14 @@ func explanation(err error, e *sallyport.Error) []string {
 	return lines
 }
 
-// headline is one line: the wrapped words, the message, and the cause where it
-// helps a person.
+// headline is one line: the words around the error and its message. Its cause is
+// for -v.
 func headline(err error, e *sallyport.Error, target string) string {
-	text := connect.Printable(err.Error(), 600)
+	text := strings.Replace(err.Error(), e.Error(), e.Message, 1)
 	if target != "" && !strings.Contains(text, target) {
 		text = target + ": " + text
 	}
-	return text
+	return connect.Printable(text, 600)
 }
 
 // errorDocument is the same for machines, on stdout.
@@ -116,7 +119,7 @@ func (s *shell) errorDocument(err error) {
 	}{Schema: "agent.error/v1", Exit: int(sallyport.OutcomeOf(err)), Code: "internal", Message: err.Error()}
 	var e *sallyport.Error
 	if errors.As(err, &e) {
-		doc.Code, doc.Hint, doc.Decision = e.Code, e.Hint, e.Decision
+		doc.Code, doc.Message, doc.Hint, doc.Decision = e.Code, headline(err, e, ""), e.Hint, e.Decision
 	}
 	json.NewEncoder(s.stdout).Encode(doc)
 }

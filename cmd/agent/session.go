@@ -24,9 +24,7 @@ func runLogin(s *shell, ctx context.Context, args []string) error {
 	if s.o.ca != "" {
 		pem, err := os.ReadFile(s.o.ca)
 		if err != nil {
-			e := usage("ca_file", "cannot read the CA file %.200s", s.o.ca)
-			e.Err = errors.Unwrap(err)
-			return e
+			return usage("ca_file", "cannot read the CA file %.200s: %v", s.o.ca, errors.Unwrap(err))
 		}
 		r.CA = pem
 	}

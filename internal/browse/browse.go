@@ -38,14 +38,45 @@ func New(conf *tls.Config) *Browser {
 		panic(err) // cannot fail without options
 	}
 	return &Browser{&http.Client{
-		Jar:     jar,
-		Timeout: 30 * time.Second,
+		Jar:           jar,
+		Timeout:       30 * time.Second,
+		CheckRedirect: redirect,
 		Transport: &http.Transport{
 			TLSClientConfig:   conf,
 			ForceAttemptHTTP2: true,
 			DialContext:       dialLocal,
 		},
 	}}
+}
+
+// What a browser says of a navigation (Fetch Metadata, section 2).
+const (
+	fetchSite = "Sec-Fetch-Site"
+	fetchMode = "Sec-Fetch-Mode"
+	fetchDest = "Sec-Fetch-Dest"
+)
+
+// redirect says of a request that follows an answer what a browser would: it
+// names no origin, and a form's answer that leads elsewhere is cross-site. What a
+// person typed stays theirs (site "none").
+func redirect(req *http.Request, via []*http.Request) error {
+	if len(via) >= maxPages {
+		return errors.New("more than 20 redirects")
+	}
+	req.Header.Del("Origin")
+	last := via[len(via)-1]
+	site := last.Header.Get(fetchSite)
+	if site == "same-origin" && (req.URL.Scheme != last.URL.Scheme || req.URL.Host != last.URL.Host) {
+		site = "cross-site"
+	}
+	navigate(req, site)
+	return nil
+}
+
+func navigate(req *http.Request, site string) {
+	req.Header.Set(fetchSite, site)
+	req.Header.Set(fetchMode, "navigate")
+	req.Header.Set(fetchDest, "document")
 }
 
 func dialLocal(ctx context.Context, network, addr string) (net.Conn, error) {
@@ -74,10 +105,15 @@ type Page struct {
 
 // Get shows one page, after its redirects, without filling in a form.
 func (b *Browser) Get(ctx context.Context, address string) (*Page, error) {
+	return b.get(ctx, address, "none")
+}
+
+func (b *Browser) get(ctx context.Context, address, site string) (*Page, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
 	if err != nil {
 		return nil, err
 	}
+	navigate(req, site)
 	return b.do(req)
 }
 
@@ -114,22 +150,21 @@ func (b *Browser) submit(ctx context.Context, page *Page, f *form, values url.Va
 	if err != nil {
 		return nil, fmt.Errorf("form of %s: %w", page.URL.Redacted(), err)
 	}
+	site := "cross-site"
+	if action.Scheme == page.URL.Scheme && action.Host == page.URL.Host {
+		site = "same-origin"
+	}
 	if f.method == http.MethodGet {
 		action.RawQuery = values.Encode()
-		return b.Get(ctx, action.String())
+		return b.get(ctx, action.String(), site)
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, action.String(), strings.NewReader(values.Encode()))
 	if err != nil {
 		return nil, err
 	}
 	req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
-	// What a browser says of a form on the site itself (Fetch, sections 3.2, 3.12).
 	req.Header.Set("Origin", page.URL.Scheme+"://"+page.URL.Host)
-	if action.Host == page.URL.Host {
-		req.Header.Set("Sec-Fetch-Site", "same-origin")
-	} else {
-		req.Header.Set("Sec-Fetch-Site", "cross-site")
-	}
+	navigate(req, site)
 	return b.do(req)
 }
 

@@ -316,6 +316,7 @@ func target(host string) sallyport.Target {
 func BenchmarkDownload(b *testing.B) { tunneltest.BenchmarkDownload(b, carrier) }
 func BenchmarkUpload(b *testing.B)   { tunneltest.BenchmarkUpload(b, carrier) }
 func BenchmarkOpen(b *testing.B)     { tunneltest.BenchmarkOpen(b, carrier) }
+func BenchmarkIdle(b *testing.B)     { tunneltest.BenchmarkIdle(b, carrier) }
 func BenchmarkPingPong(b *testing.B) { tunneltest.BenchmarkPingPong(b, carrier) }
 
 func FuzzRequest(f *testing.F) {

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"runtime"
 	"testing"
 
 	"sallyport/internal/relay"
@@ -90,11 +91,62 @@ func BenchmarkPingPong(b *testing.B, c Carrier) {
 	b.ReportMetric(float64((cpu()-before).Microseconds())/float64(n), "cpu-µs/op")
 }
 
+// BenchmarkIdle reports what an idle flow holds in both halves of the tunnel, the
+// relays' share included and kernel buffers not, in KiB of heap and stacks.
+func BenchmarkIdle(b *testing.B, c Carrier) {
+	const flows = 300
+	service, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer service.Close()
+	site := NewSite(b)
+	addr := c.Listen(b, site.ServerTLS(c.NextProto), Domain, Host, onward(func() (*net.TCPConn, error) {
+		up, err := net.Dial("tcp", service.Addr().String())
+		return up.(*net.TCPConn), err
+	}))
+	carrier, err := c.Dial(b.Context(), site.DialConfig(addr, site.Session(b, "s-1", nil)))
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { carrier.Close() })
+	for b.Loop() {
+		before := inUse()
+		for range flows {
+			f, err := carrier.Open(b.Context(), target(Echo), []byte("x"))
+			if err != nil {
+				b.Fatal(err)
+			}
+			end, err := service.Accept()
+			if err != nil {
+				b.Fatal(err)
+			}
+			b.Cleanup(func() { end.Close() })
+			near, far := tcpPair(b)
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				relay.Splice(b.Context(), relay.TCP(far), f, relay.Options{})
+			}()
+			b.Cleanup(func() { near.Close(); <-done })
+		}
+		b.ReportMetric(float64(inUse()-before)/flows/1024, "KiB/flow")
+	}
+}
+
+func inUse() int64 {
+	runtime.GC()
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapInuse + m.StackInuse)
+}
+
 // carried returns the outer ends of TCP, relay, carrier, relay, TCP.
 func carried(b *testing.B, c Carrier) (near, far *net.TCPConn) {
 	site := NewSite(b)
 	far, up := tcpPair(b)
-	addr := c.Listen(b, site.ServerTLS(c.NextProto), Domain, Host, onward{up})
+	addr := c.Listen(b, site.ServerTLS(c.NextProto), Domain, Host, onward(func() (*net.TCPConn, error) { return up, nil }))
 	carrier, err := c.Dial(b.Context(), site.DialConfig(addr, site.Session(b, "s-1", nil)))
 	if err != nil {
 		b.Fatal(err)
@@ -135,17 +187,20 @@ func tcpPair(b *testing.B) (x, y *net.TCPConn) {
 	return c.(*net.TCPConn), d.(*net.TCPConn)
 }
 
-// onward is a Handler that relays its one CONNECT to up.
-type onward struct{ up *net.TCPConn }
+// onward is a Handler that relays each CONNECT to what it returns.
+type onward func() (*net.TCPConn, error)
 
 func (onward) Admit(context.Context, tunnel.ServerConn) (func(), error) { return nil, nil }
 
 func (onward) ServeAPI(http.ResponseWriter, *http.Request, tunnel.ServerConn) {}
 
 func (o onward) Connect(ctx context.Context, s tunnel.ServerStream) {
-	c, err := s.Accept(nil)
+	up, err := o()
 	if err != nil {
 		return
 	}
-	relay.Splice(ctx, c, relay.TCP(o.up), relay.Options{})
+	defer up.Close()
+	if c, err := s.Accept(nil); err == nil {
+		relay.Splice(ctx, c, relay.TCP(up), relay.Options{})
+	}
 }
