@@ -154,6 +154,14 @@ func TestASessionIsLiveOnlyWithAllThatStandsBehindIt(t *testing.T) {
 			s.want("s1", "", sallyport.VerdictAllow)
 			pass(2 * time.Minute) // cached sweeps it meanwhile
 		}},
+		{"a session under another's id", "session revoked", func(s *site) {
+			s.signIn("u2", "l2", "s2", "d2")
+			r, err := s.cached.Get(s.t.Context(), sallyport.KindSession, "s2")
+			if err != nil {
+				s.t.Fatal(err)
+			}
+			s.apply(sallyport.Op{Kind: sallyport.KindSession, ID: "s1", Payload: r.Payload})
+		}},
 		{"unreadable session", "session revoked", func(s *site) {
 			s.apply(sallyport.Op{Kind: sallyport.KindSession, ID: "s1", Payload: []byte(`{"id":5}`)})
 		}},
@@ -352,6 +360,9 @@ func TestCase_I10_brokenConfigurationKeepsTheOld(t *testing.T) {
 			}
 			if err := s.Ready(); sallyport.CodeOf(err) != "policy.stale" {
 				t.Errorf("%s: ready: %v; want policy.stale", name, err)
+			}
+			if s.gauge(func(snap *snapshot) float64 { return oneIf(snap.broken != nil) }) != 1 {
+				t.Errorf("%s: the figure does not show it", name)
 			}
 			if got := len(s.Server.audit.(*ledger).of(sallyport.AuditPolicyBroken)) - before; got != 1 {
 				t.Errorf("%s: %d policy.broken records; want 1", name, got)

@@ -17,6 +17,7 @@ import (
 	"sallyport/cached"
 	"sallyport/cached/memory"
 	"sallyport/internal/logging"
+	"sallyport/internal/telemetry"
 	"sallyport/proto/proof"
 )
 
@@ -68,7 +69,7 @@ func newSite(t *testing.T, cfg Config) *site {
 
 func startPolicyd(t *testing.T, cfg Config, records sallyport.Records, audit sallyport.Auditor) *Server {
 	t.Helper()
-	s, err := New(cfg, Deps{Records: records, Audit: audit, Log: logging.Discard()})
+	s, err := New(cfg, Deps{Records: records, Audit: audit, Log: logging.Discard(), Metrics: telemetry.NewRegistry()})
 	if err != nil {
 		t.Fatal(err)
 	}
