@@ -245,33 +245,38 @@ func testFiveAgents(t *testing.T, w *world) {
 	all.Wait()
 }
 
-// cut opens a connection, makes the change, and wants the connection to end
-// within a second and the agent to say why.
-func cut(t *testing.T, a *stack.Agent, change func(), why string, codes ...int) {
+// cut opens a connection over each carrier, makes the change, and wants both to
+// end in time and their agents to say why.
+func cut(t *testing.T, a *stack.Agent, change func(), why string, code int) {
 	t.Helper()
+	type open struct {
+		transport string
+		tun       *stack.Tunnel
+		conn      net.Conn
+	}
+	var opens []open
 	for _, transport := range []string{"quic", "tls"} {
-		tun, err := a.TryConnect("db.internal:5432", "--transport", transport)
-		if err != nil {
-			t.Fatal(err)
-		}
+		tun := a.Connect("db.internal:5432", "--transport", transport)
 		c := tun.Dial(t)
 		if err := stack.Echo(c, "hello"); err != nil {
 			t.Fatal(err)
 		}
-		start := time.Now()
-		change()
-		took := stack.CutWithin(t, c, 10*time.Second).Sub(start)
-		t.Logf("%s: cut %s after the change was begun", transport, took.Round(time.Millisecond))
-		if code := tun.Wait(10 * time.Second); code != codes[0] {
-			t.Errorf("%s: exit code %d; want %d\n%s", transport, code, codes[0], tun.Stderr())
+		opens = append(opens, open{transport, tun, c})
+	}
+	start := time.Now()
+	change()
+	for _, o := range opens {
+		took := stack.CutWithin(t, o.conn, 10*time.Second).Sub(start)
+		t.Logf("%s: cut %s after the change was begun", o.transport, took.Round(time.Millisecond))
+		if got := o.tun.Wait(10 * time.Second); got != code {
+			t.Errorf("%s: exit code %d; want %d\n%s", o.transport, got, code, o.tun.Stderr())
 		}
-		if !strings.Contains(tun.Stderr(), why) {
-			t.Errorf("%s: the agent does not say %q:\n%s", transport, why, tun.Stderr())
+		if !strings.Contains(o.tun.Stderr(), why) {
+			t.Errorf("%s: the agent does not say %q:\n%s", o.transport, why, o.tun.Stderr())
 		}
 		if took > bound {
-			t.Errorf("%s: cut after %s; want less than %s", transport, took, bound)
+			t.Errorf("%s: cut after %s; want less than %s", o.transport, took, bound)
 		}
-		return
 	}
 }
 
