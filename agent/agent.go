@@ -141,7 +141,7 @@ func (a *Agent) deviceKey(ctx context.Context, create bool) (*keys.Key, error) {
 	return k, err
 }
 
-// DeviceKey describes the device key; fs.ErrNotExist if there is none yet.
+// DeviceKey describes the device key; keys.ErrNone if there is none yet.
 func (a *Agent) DeviceKey(ctx context.Context) (*keys.Key, error) { return a.deviceKey(ctx, false) }
 
 // postureSource reads facts of this machine and of the posture file, if one is

@@ -79,8 +79,17 @@ func (e *TargetError) Error() string { return e.Target.Authority() + ": " + e.Er
 // Unwrap returns the refusal.
 func (e *TargetError) Unwrap() error { return e.Err }
 
+// reasonWait is how long the reason of a cut may come after the cut itself.
+const reasonWait = time.Second
+
 // why says why a flow ended badly.
 func (l *link) why(ctx context.Context, t sallyport.Target, f *tunnel.Flow, cause error) error {
+	var reset *tunnel.ResetError
+	if errors.As(cause, &reset) && reset.Code == connect.CodeUpstreamReset {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, reasonWait)
+	defer cancel()
 	e, told := l.whyCut(ctx, f.ID)
 	if !told {
 		return unexplained(t, f, cause)

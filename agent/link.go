@@ -499,9 +499,7 @@ func (a *Agent) reportLoop(ctx context.Context) {
 				continue
 			}
 		}
-		a.mu.Lock()
-		l := a.link
-		a.mu.Unlock()
+		l := a.liveLink()
 		if l == nil {
 			failed = false // a new link starts with a report, and asks for another
 			continue

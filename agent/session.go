@@ -4,12 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"math/rand/v2"
 	"time"
 
 	"sallyport"
 	"sallyport/agent/forward"
+	"sallyport/agent/keys"
 	"sallyport/agent/login"
 )
 
@@ -89,7 +89,7 @@ func (a *Agent) forget() {
 // client returns a client of the profile's authd.
 func (a *Agent) client(ctx context.Context, p Profile, createKey bool) (*login.Client, error) {
 	key, err := a.deviceKey(ctx, createKey)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, keys.ErrNone) {
 		return nil, notLoggedIn(p)
 	}
 	if err != nil {

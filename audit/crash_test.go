@@ -13,7 +13,7 @@ import (
 	"testing"
 )
 
-var kills = flag.Int("kills", 25, "how often TestCase_P1 kills the writing process")
+var kills = flag.Int("kills", 10, "how often TestCase_P1 kills the writing process")
 
 // crashDir is set in the process that TestCase_P1 kills.
 const crashDir = "SALLYPORT_AUDIT_CRASH_DIR"

@@ -11,6 +11,7 @@ import (
 	"sallyport"
 	"sallyport/authd"
 	"sallyport/authd/idp"
+	"sallyport/internal/oidcrp/oidcrptest"
 	"sallyport/proto/login"
 )
 
@@ -421,5 +422,36 @@ func TestEmbeddedBesideAnotherIsRefused(t *testing.T) {
 	}
 	if faults := cfg.Validate(); len(faults) != 1 || faults[0].Key != "users" {
 		t.Errorf("got %v; want one fault at users", faults)
+	}
+}
+
+func TestCase_P6_NoSecretInTheLog(t *testing.T) {
+	for name, w := range map[string]*world{"embedded": withEmbedded(t), "provider": withProvider(t)} {
+		a, browser := w.agent(), w.browser()
+		code := a.code(w.browse(browser, a.authorizeURL()))
+		req := a.tokenRequest(code)
+		w.call(login.PathToken, req, nil)
+		w.refused(login.PathToken, req, http.StatusBadRequest, "login.code_unknown")
+		secrets := map[string]string{"code": code, "verifier": a.verifier, "proof": req.Proof, "password": "correct horse", "client secret": oidcrptest.Secret}
+		home, err := url.Parse(w.url)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range browser.Jar.Cookies(home) {
+			secrets["cookie"] = c.Value
+		}
+		back := w.url + login.PathCallback + "?state=" + a.state + "&error=x&error_description=canary-of-the-provider"
+		w.get(browser, back)
+		secrets["error_description"] = "canary-of-the-provider"
+		secrets["state"] = a.state
+		log := w.log.String()
+		if !strings.Contains(log, "login refused") {
+			t.Errorf("%s: nothing was logged: %s", name, log)
+		}
+		for what, secret := range secrets {
+			if secret != "" && strings.Contains(log, secret) {
+				t.Errorf("%s: the log holds the %s", name, what)
+			}
+		}
 	}
 }

@@ -2,6 +2,7 @@ package authd
 
 import (
 	"fmt"
+	"net"
 	"net/url"
 	"os"
 	"strings"
@@ -17,7 +18,8 @@ type Config struct {
 	// PublicURL is where browsers and agents reach authd: https, a host and
 	// perhaps a port, no path. Required.
 	PublicURL string `yaml:"public_url"`
-	// Listen is the address of the HTTPS listener. Required.
+	// Listen is the address of the HTTPS listener, host:port; empty: whoever
+	// listens has a default.
 	Listen string `yaml:"listen"`
 	// TLS is the listener's own certificate; without it, one signed by our own CA.
 	TLS TLS `yaml:"tls"`
@@ -86,8 +88,8 @@ const embeddedClient = "sallyport"
 func (c Config) Validate() fault.List {
 	var faults fault.List
 	checkPublicURL(&faults, c.PublicURL)
-	if c.Listen == "" {
-		faults.Addf("listen", "is missing: host:port of the HTTPS listener")
+	if _, _, err := net.SplitHostPort(c.Listen); c.Listen != "" && err != nil {
+		faults.Addf("listen", "%q is not host:port", c.Listen)
 	}
 	if (c.TLS.CertFile == "") != (c.TLS.KeyFile == "") {
 		faults.Addf("tls", "wants both cert_file and key_file, or neither")

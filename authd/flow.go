@@ -313,7 +313,7 @@ func (s *Server) askConsent(c *call, id string, agent agentRequest, person oidcr
 			Action: login.PathConsent,
 			Hidden: []page.Field{{Name: "consent", Value: id}},
 			Buttons: []page.Button{
-				{Label: "Allow this device", Name: "answer", Value: "allow", Primary: true},
+				{Label: "Allow", Name: "answer", Value: "allow", Primary: true},
 				{Label: "Cancel", Name: "answer", Value: "deny"},
 			},
 		},

@@ -30,6 +30,7 @@ import (
 	"sallyport/authd/idp"
 	"sallyport/cached"
 	"sallyport/cached/memory"
+	"sallyport/internal/logging"
 	"sallyport/internal/oidcrp/oidcrptest"
 	"sallyport/internal/tlsid"
 	"sallyport/proto/connect"
@@ -50,6 +51,7 @@ type world struct {
 	url     string
 	records *recording
 	audit   *auditLog
+	log     *logBuffer // at trace level
 	ca      *tlsid.CA
 	idp     *oidcrptest.Provider // nil with the embedded one
 	root    *http.Client         // trusts authd, follows nothing
@@ -86,6 +88,24 @@ func (r *recording) Apply(ctx context.Context, batch []sallyport.Op) (sallyport.
 	r.ops = append(r.ops, batch...)
 	r.mu.Unlock()
 	return r.Server.Apply(ctx, batch)
+}
+
+// logBuffer keeps what daemons log.
+type logBuffer struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
 }
 
 // auditLog is an Auditor in memory that can be told to fail.
@@ -159,7 +179,11 @@ func withEmbedded(t *testing.T, change ...func(*authd.Config)) *world {
 
 func newWorld(t *testing.T, change func(*authd.Config)) *world {
 	t.Helper()
-	w := &world{t: t, audit: &auditLog{}, clock: &clock{}}
+	w := &world{t: t, audit: &auditLog{}, log: &logBuffer{}, clock: &clock{}}
+	logger, err := logging.New(w.log, "trace", logging.FormatJSON)
+	if err != nil {
+		t.Fatal(err)
+	}
 	store, err := cached.New(cached.Config{}, cached.Deps{Store: memory.New(), MACKey: make([]byte, cached.KeySize), Now: w.clock.now})
 	if err != nil {
 		t.Fatal(err)
@@ -173,7 +197,7 @@ func newWorld(t *testing.T, change func(*authd.Config)) *world {
 	w.cfg = authd.Config{PublicURL: w.url, Listen: "127.0.0.1:0"}
 	change(&w.cfg)
 	w.server, err = authd.New(w.cfg, authd.Deps{
-		Domain: domain, Records: w.records, Audit: w.audit, SessionCA: w.ca,
+		Domain: domain, Records: w.records, Audit: w.audit, Log: logger, SessionCA: w.ca,
 		SealKey: bytes.Repeat([]byte{7}, 32), Now: w.clock.now,
 	})
 	if err != nil {

@@ -156,13 +156,15 @@ func errTooMany() *sallyport.Error {
 	}
 }
 
-// recordFailure writes what people are not shown.
+// recordFailure writes what people are not shown. The detail may hold words of the
+// identity provider: they go into the audit record, which is not a log to grep
+// through with a terminal.
 func (s *Server) recordFailure(c *call, e *sallyport.Error) {
 	detail := ""
 	if e.Err != nil {
 		detail = oidcrp.Clip(e.Err.Error())
 	}
-	s.log.Info("login refused", "code", e.Code, "request_id", c.id, "peer", c.r.RemoteAddr, "detail", detail)
+	s.log.Info("login refused", "code", e.Code, "request_id", c.id, "peer", c.r.RemoteAddr)
 	// The context of a request that its client gave up is over; its record is not.
 	err := s.deps.Audit.Append(context.WithoutCancel(c.ctx()), sallyport.AuditRecord{
 		Type: sallyport.AuditLoginFailed, Time: s.now(), Peer: c.r.RemoteAddr, RequestID: c.id,
@@ -200,6 +202,7 @@ func (s *Server) showFailure(c *call, e *sallyport.Error) {
 		Title: "You are not logged in", Tone: "bad", Lead: sentence(e.Message),
 		Facts: []page.Fact{{Name: "Code", Value: e.Code, Code: true}, {Name: "Request id", Value: c.id, Code: true}},
 		Note:  sentence(hint),
+		Link:  &page.Link{Label: "How to log in", Path: "/"},
 	})
 }
 

@@ -217,7 +217,10 @@ func (s *Server) prolong(ctx ctx, o opening, user sallyport.User, now time.Time)
 	if session.User != user.ID || session.Device != o.key.ID {
 		return composed{}, refusal("login.extend_mismatch", "the session belongs to another person or device", nil)
 	}
-	l.Expires, l.AuthMethods = now.Add(s.session.Load().lifetime()), o.person.AuthMethods
+	if end := now.Add(s.session.Load().lifetime()); end.After(l.Expires) {
+		l.Expires = end
+	}
+	l.AuthMethods = o.person.AuthMethods
 	session.Expires, session.AuthMethods = s.sessionEnd(l, now), l.AuthMethods
 	session.Claims, session.Address = o.person.Claims, o.address
 	batch := []sallyport.Op{putLogin(l, live.loginAs), putSession(session, live.sessionAs)}

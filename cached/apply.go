@@ -148,6 +148,11 @@ func (s *Server) plan(v *view, j *job) error {
 	if len(ops) > 0 {
 		rev++
 	}
+	if !onlyTakesAway(ops) {
+		if err := v.room(); err != nil {
+			return err
+		}
+	}
 	if err := s.auditJob(v.ctx, j, ops, rev); err != nil {
 		return err
 	}
@@ -178,6 +183,17 @@ type view struct {
 	revision sallyport.Revision // of the group's last batch so far
 	rows     []Row              // of the group, in order
 	written  map[key]*Row       // the group's last row of each record
+
+	roomAsked bool
+	roomErr   error
+}
+
+// room asks the store once for the whole group.
+func (v *view) room() error {
+	if !v.roomAsked {
+		v.roomAsked, v.roomErr = true, v.server.check(v.server.store.Room(v.ctx))
+	}
+	return v.roomErr
 }
 
 // get returns the row as it stands, trusted or not; nil if there is none.

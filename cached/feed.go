@@ -16,8 +16,10 @@ const (
 // feed is the ring of the last batches, of streamed records only. Watches pull
 // from it, so a slow one holds nobody up.
 type feed struct {
-	mu      sync.Mutex
-	batches []change // in order of revision
+	maxBatches, maxBytes int
+
+	mu      sync.Mutex // guards what follows
+	batches []change   // in order of revision
 	bytes   int
 	base    sallyport.Revision // every change after base is in batches
 	last    sallyport.Revision // reached, streamed or not
@@ -32,7 +34,7 @@ type change struct {
 }
 
 func newFeed(at sallyport.Revision) *feed {
-	return &feed{base: at, last: at, wake: make(chan struct{})}
+	return &feed{maxBatches: feedBatches, maxBytes: feedBytes, base: at, last: at, wake: make(chan struct{})}
 }
 
 // publish appends the rows, which are in order of revision, and wakes everybody.
@@ -61,7 +63,7 @@ func (f *feed) publish(rows []Row) {
 
 func (f *feed) trim() {
 	n := 0
-	for n < len(f.batches) && (len(f.batches)-n > feedBatches || f.bytes > feedBytes) {
+	for n < len(f.batches) && (len(f.batches)-n > f.maxBatches || f.bytes > f.maxBytes) {
 		f.bytes -= f.batches[n].bytes
 		f.base = f.batches[n].revision
 		n++

@@ -57,6 +57,9 @@ type Store interface {
 	// record replaces an earlier one. Revisions are above every one written
 	// before and do not fall.
 	Write(ctx context.Context, rows []Row) error
+	// Room returns an error, storage.full, while the store should only take what
+	// ends something: what is left of the disk is kept for revocations.
+	Room(ctx context.Context) error
 	// Scan calls begin with the state and then each for every row of the kinds
 	// (all if empty) that is no tombstone, all at one instant of the store's
 	// history. The first error ends it and is returned.

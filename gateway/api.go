@@ -1,11 +1,13 @@
 package gateway
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
 	"net/http"
 	"strings"
+	"time"
 
 	"sallyport"
 	"sallyport/proto/connect"
@@ -14,6 +16,10 @@ import (
 
 // maxPosture bounds the body of a posture report: 64 KiB of facts, as a JWS.
 const maxPosture = 96 << 10
+
+// postureTimeout is how long a report may take to govern decisions: it is
+// written to cached first.
+const postureTimeout = 10 * time.Second
 
 // features are what /v1/events says this gateway can do; agents ignore what
 // they do not know.
@@ -54,8 +60,15 @@ func (s *Server) ServeAPI(w http.ResponseWriter, r *http.Request, c tunnel.Serve
 	serve(w, r, c)
 }
 
+// asking bounds a question to policyd on behalf of r.
+func (s *Server) asking(r *http.Request) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(r.Context(), s.limits.DecisionTimeout)
+}
+
 func (s *Server) serveMe(w http.ResponseWriter, r *http.Request, c tunnel.ServerConn) {
-	listing, err := s.deps.Explainer.List(r.Context(), sallyport.ListRequest{Session: c.Peer().Session, Peer: c.RemoteAddr()})
+	ctx, cancel := s.asking(r)
+	defer cancel()
+	listing, err := s.deps.Explainer.List(ctx, sallyport.ListRequest{Session: c.Peer().Session, Peer: c.RemoteAddr()})
 	if err != nil {
 		writeError(w, err)
 		return
@@ -66,7 +79,9 @@ func (s *Server) serveMe(w http.ResponseWriter, r *http.Request, c tunnel.Server
 
 func (s *Server) serveTargets(w http.ResponseWriter, r *http.Request, c tunnel.ServerConn) {
 	q := sallyport.ListRequest{Session: c.Peer().Session, Peer: c.RemoteAddr(), All: r.URL.Query().Get("all") == "1"}
-	listing, err := s.deps.Explainer.List(r.Context(), q)
+	ctx, cancel := s.asking(r)
+	defer cancel()
+	listing, err := s.deps.Explainer.List(ctx, q)
 	if err != nil {
 		writeError(w, err)
 		return
@@ -83,7 +98,9 @@ func (s *Server) serveWhy(w http.ResponseWriter, r *http.Request, c tunnel.Serve
 		connect.WriteRefusal(w, &sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: connect.ProblemBadTarget, Message: err.Error()})
 		return
 	}
-	d, err := s.deps.Explainer.Explain(r.Context(), sallyport.Request{Session: c.Peer().Session, Target: target, Peer: c.RemoteAddr()})
+	ctx, cancel := s.asking(r)
+	defer cancel()
+	d, err := s.deps.Explainer.Explain(ctx, sallyport.Request{Session: c.Peer().Session, Target: target, Peer: c.RemoteAddr()})
 	if err != nil {
 		writeError(w, err)
 		return
@@ -97,7 +114,9 @@ func (s *Server) servePosture(w http.ResponseWriter, r *http.Request, c tunnel.S
 		connect.WriteRefusal(w, &sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: connect.ProblemBadRequest, Message: "the report is too large or did not arrive whole", Err: err})
 		return
 	}
-	err = s.deps.Posture.ReportPosture(r.Context(), c.Peer().Session, strings.TrimSpace(string(body)))
+	ctx, cancel := context.WithTimeout(r.Context(), postureTimeout)
+	defer cancel()
+	err = s.deps.Posture.ReportPosture(ctx, c.Peer().Session, strings.TrimSpace(string(body)))
 	var e *sallyport.Error
 	switch {
 	case err == nil:
@@ -129,7 +148,7 @@ func (s *Server) serveEvents(w http.ResponseWriter, r *http.Request, c tunnel.Se
 func writeError(w http.ResponseWriter, err error) {
 	var e *sallyport.Error
 	if !errors.As(err, &e) {
-		e = unavailable(err)
+		e = unavailable(hopPolicyd, err)
 	}
 	connect.WriteRefusal(w, e)
 }

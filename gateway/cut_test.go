@@ -189,6 +189,36 @@ func TestCase_M1_PolicydGone(t *testing.T) {
 	})
 }
 
+// TestCase_M1_NoAllowInAMillion: without a live policyd nothing gets past the
+// question, however often it is tried, and nothing is left behind.
+func TestCase_M1_NoAllowInAMillion(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, Limits{})
+		a := b.connect("s1")
+		b.policy.set(func() { b.policy.silent = true })
+		after(t, 5*time.Second)
+		asked := b.policy.calls
+		for i := range 1_000_000 {
+			g, refusal := b.table.register(a.conn, db, func(cut) {})
+			if refusal != nil {
+				t.Fatalf("attempt %d: not even registered: %v", i, refusal)
+			}
+			if _, _, refusal := b.table.ask(g, time.Now(), a.conn.RemoteAddr()); refusal == nil || refusal.Outcome != sallyport.OutcomeUnavailable {
+				t.Fatalf("attempt %d: got %v; want unavailable", i, refusal)
+			}
+			b.table.drop(g)
+		}
+		for range 100 { // the same through the front
+			if e := a.refused(db); e.Outcome != sallyport.OutcomeUnavailable {
+				t.Fatalf("CONNECT: got %v; want unavailable", e)
+			}
+		}
+		if b.policy.calls != asked || b.dials.Load() != 0 || b.table.flowCount() != 0 {
+			t.Errorf("%d questions, %d dials, %d flows left; want none", b.policy.calls-asked, b.dials.Load(), b.table.flowCount())
+		}
+	})
+}
+
 // TestSourceAgeIsCountedFromCached: policyd lives and heartbeats, but cached has
 // been silent; live flows end at max_stale all the same.
 func TestSourceAgeIsCountedFromCached(t *testing.T) {
@@ -539,6 +569,26 @@ func BenchmarkCut(b *testing.B) {
 				b.StopTimer()
 				bench.stop()
 			}
+		})
+	}
+}
+
+// BenchmarkRedecide measures asking again for flows that all stay allowed.
+func BenchmarkRedecide(b *testing.B) {
+	for _, n := range []int{1000, 5000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			bench := newBench(b, Limits{})
+			for i := range n {
+				bench.connect(sallyport.SessionID(fmt.Sprint("s", i))).open(db)
+			}
+			b.ResetTimer()
+			for b.Loop() {
+				bench.policy.change(policySubject, "", func() {})
+				bench.seen()
+				bench.until("everything asked again", func() bool { return bench.table.dueCount() == 0 })
+			}
+			b.StopTimer()
+			bench.stop()
 		})
 	}
 }

@@ -6,15 +6,23 @@ import (
 )
 
 // unavailable refuses because nothing could be decided: 503, and the upstream
-// gets no packet.
-func unavailable(cause error) *sallyport.Error {
+// gets no packet. hop says in words for people what did not answer; cause is for
+// the log.
+func unavailable(hop string, cause error) *sallyport.Error {
 	return &sallyport.Error{
 		Outcome: sallyport.OutcomeUnavailable, Code: connect.ProblemUnavailable,
-		Message: "the gateway cannot decide right now, so it refuses",
-		Hint:    "try again in a moment; if it stays, tell an administrator: policyd does not answer the gateway",
+		Message: "the gateway cannot decide right now, so it refuses: " + hop,
+		Hint:    "try again in a moment; if it stays, tell an administrator",
 		Err:     cause,
 	}
 }
+
+// Hops that may fail to answer.
+const (
+	hopPolicyd   = "policyd did not answer it"
+	hopOvertaken = "policyd is behind what it has told already"
+	hopWaiting   = "too many connections wait for an answer"
+)
 
 func errDraining() *sallyport.Error {
 	return &sallyport.Error{

@@ -41,10 +41,8 @@ func (s *Server) Admit(ctx context.Context, c tunnel.ServerConn) (released func(
 		}
 	}
 	released()
-	return nil, admitError(unavailable(errOvertaken))
+	return nil, admitError(unavailable(hopOvertaken, nil))
 }
-
-var errOvertaken = errors.New("decisions are overtaken by changes again and again")
 
 // admitError refuses a connection: with a code where the carrier has one, with
 // the whole refusal where it answers a request instead.
@@ -92,6 +90,7 @@ func (s *Server) Connect(ctx context.Context, st tunnel.ServerStream) {
 		Idle:      s.limits.Idle,
 		UpReset:   connect.CodeUpstreamReset,
 		Withdrawn: connect.CodeFlowWithdrawn,
+		IdleReset: connect.CodeFlowWithdrawn,
 	})
 	s.flowEnded(ctx, g, result, time.Since(began))
 }
@@ -131,7 +130,7 @@ func (s *Server) open(ctx context.Context, g *grant) (up relay.Conn, refusal *sa
 			return up, nil
 		}
 	}
-	return up, unavailable(errOvertaken)
+	return up, unavailable(hopOvertaken, nil)
 }
 
 // decide asks until an answer stands that nothing newer touches.
@@ -148,7 +147,7 @@ func (s *Server) decide(ctx context.Context, g *grant) (sallyport.Decision, *sal
 		answers, err := s.authorize(ctx, []sallyport.Request{q})
 		if err != nil {
 			s.metrics.decisions.Inc("none")
-			return sallyport.Decision{}, s.table.failed(g, err)
+			return sallyport.Decision{}, s.table.failed(g, hopPolicyd, err)
 		}
 		s.metrics.decisions.Inc(answers[0].Verdict.String())
 		switch d := answers[0]; s.table.answer(g, d, asked, peer.Addr(), at) {
@@ -160,7 +159,7 @@ func (s *Server) decide(ctx context.Context, g *grant) (sallyport.Decision, *sal
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
-			return sallyport.Decision{}, s.table.failed(g, errOvertaken)
+			return sallyport.Decision{}, s.table.failed(g, hopOvertaken, ctx.Err())
 		}
 	}
 }
@@ -239,14 +238,21 @@ func acceptHeader(flow sallyport.FlowID, d sallyport.Decision) http.Header {
 // flowEnded writes down how an open flow ended and tells its owner what the
 // stream itself could not.
 func (s *Server) flowEnded(ctx context.Context, g *grant, r relay.Result, took time.Duration) {
-	code := r.End.String()
-	if c := s.table.cutOf(g); c != nil {
-		code = c.word
-	} else if r.End == relay.EndUpReset {
-		code = wordUpstreamReset
+	code, tell := r.End.String(), ""
+	switch c := s.table.cutOf(g); {
+	case c != nil:
+		code = c.word // whoever cut it has told
+	case r.End == relay.EndUpReset:
+		code, tell = wordUpstreamReset, "the service reset the connection"
+	case r.End == relay.EndIdle:
+		code, tell = wordIdle, "nothing moved for "+s.limits.Idle.String()
+	case r.End == relay.EndWithdrawn:
+		code = "carrier_gone"
+	}
+	if tell != "" {
 		s.hub.publish(g.session, connect.Event{
 			Type: connect.EventWithdrawn, Flow: g.flow, Target: g.target.String(), Decision: s.table.decisionOf(g).ID,
-			Code: code, Reason: "the service reset the connection",
+			Code: code, Reason: tell,
 		})
 	}
 	s.auditClose(ctx, g, code, r)

@@ -3,13 +3,18 @@ package gateway
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"net/http/httptest"
 	"net/netip"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"sallyport"
+	"sallyport/internal/relay"
+	"sallyport/internal/telemetry"
 	"sallyport/proto/connect"
 	"sallyport/tunnel"
 )
@@ -194,10 +199,14 @@ func TestCase_M3_SlowPolicyd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t, Limits{Pending: 3})
 		a := b.connect("s1")
+		var agents []*agent
+		for i := range 3 {
+			agents = append(agents, b.connect(sallyport.SessionID(fmt.Sprint("w", i))))
+		}
 		b.policy.set(func() { b.policy.before = func(ctx context.Context, _ int) { <-ctx.Done() } })
 		began := time.Now()
 		var waiting []*fakeStream
-		for range 3 {
+		for _, a := range agents {
 			waiting = append(waiting, a.ask(db))
 		}
 		synctest.Wait()
@@ -216,6 +225,100 @@ func TestCase_M3_SlowPolicyd(t *testing.T) {
 		a.open(db)
 		if n := b.dials.Load(); n != 1 {
 			t.Errorf("dialled %d times; want 1", n)
+		}
+	})
+}
+
+// TestWaitingShareOfASession: one session cannot take every place to wait.
+func TestWaitingShareOfASession(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, Limits{Pending: 8})
+		a, other := b.connect("s1"), b.connect("s2")
+		block := make(chan struct{})
+		b.dialUpstream = func(context.Context, sallyport.Upstream) (relay.Conn, error) {
+			<-block
+			return nil, io.ErrUnexpectedEOF
+		}
+		greedy := []*fakeStream{a.ask(db), a.ask(db)}
+		synctest.Wait()
+		if e := a.refused(db); e.Outcome != sallyport.OutcomeUnavailable {
+			t.Errorf("the third of one session: outcome %d; want unavailable", e.Outcome)
+		}
+		patient := other.ask(db)
+		synctest.Wait()
+		select {
+		case got := <-patient.answer:
+			t.Errorf("another session's flow was answered: %+v", got)
+		default:
+		}
+		close(block)
+		for _, st := range append(greedy, patient) {
+			<-st.answer
+			<-st.over
+		}
+		b.table.mu.Lock()
+		defer b.table.mu.Unlock()
+		if b.table.waiting != 0 || b.table.sessions["s1"].waiting != 0 {
+			t.Errorf("%d flows still count as waiting", b.table.waiting)
+		}
+	})
+}
+
+func TestIdleLimit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, Limits{Idle: time.Minute})
+		a := b.connect("s1")
+		events := a.events()
+		st, c := a.open(db)
+		began := time.Now()
+		if _, err := c.Read(make([]byte, 1)); err == nil {
+			t.Error("bytes from nowhere")
+		}
+		if took := time.Since(began); took < time.Minute || took > 80*time.Second {
+			t.Errorf("idle for %s; want a minute, up to a quarter longer", took)
+		}
+		if e := next(t, events); e.Code != "idle" {
+			t.Errorf("event %+v; want idle", e)
+		}
+		<-st.over
+	})
+}
+
+func TestCarrierGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, Limits{})
+		a := b.connect("s1")
+		st, _ := a.open(db)
+		a.conn.cancel()
+		<-st.over
+		if c := b.journal.records(sallyport.AuditFlowClose); len(c) != 1 || c[0].Code != "carrier_gone" {
+			t.Errorf("audit: got %+v; want carrier_gone", c)
+		}
+	})
+}
+
+func TestMetrics(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := idleBench(t, Limits{})
+		reg := telemetry.NewRegistry()
+		b.metrics = newMetrics(reg, b.table)
+		b.start()
+		a := b.connect("s1")
+		st, c := a.open(db)
+		b.denyDB()
+		c.cutWith(t)
+		<-st.over
+		a.refused(db)
+		w := httptest.NewRecorder()
+		telemetry.Handler(reg, b.Ready).ServeHTTP(w, httptest.NewRequest("GET", "http://127.0.0.1/metrics", nil))
+		for _, want := range []string{
+			"sallyport_gateway_carriers 1", "sallyport_gateway_flows 0",
+			`sallyport_gateway_cuts_total{code="policy"} 1`, `sallyport_gateway_decisions_total{verdict="allow"} 2`,
+			`sallyport_gateway_refusals_total{code="denied"} 1`, `sallyport_gateway_bytes_total{direction="up"} 4`,
+		} {
+			if !strings.Contains(w.Body.String(), want) {
+				t.Errorf("no %s in the figures", want)
+			}
 		}
 	})
 }

@@ -1,7 +1,6 @@
 package gateway
 
 import (
-	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -118,6 +117,7 @@ const (
 	wordStale          = "policy_stale"
 	wordValidFor       = "valid_for"
 	wordUpstreamReset  = "upstream_reset"
+	wordIdle           = "idle"
 	wordDrain          = "drain"
 )
 
@@ -170,5 +170,5 @@ func (c cut) refusal() *sallyport.Error {
 	case connect.CodeDraining:
 		return errDraining()
 	}
-	return unavailable(fmt.Errorf("withdrawn while it was opened: %s", c.reason))
+	return unavailable(c.reason, nil)
 }

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -507,6 +508,8 @@ func (c *memConn) echo() error {
 // cutWith waits until the stream ends and returns the code it was reset with.
 func (c *memConn) cutWith(t testing.TB) uint64 {
 	t.Helper()
+	late := time.AfterFunc(2*time.Minute, func() { c.r.CloseWithError(os.ErrDeadlineExceeded) })
+	defer late.Stop()
 	_, err := c.Read(make([]byte, 1))
 	var reset *tunnel.ResetError
 	if !errors.As(err, &reset) {
@@ -578,13 +581,20 @@ func (s *streamWriter) SetWriteDeadline(time.Time) error { return nil }
 // next returns the next event that is no ping.
 func next(t testing.TB, events <-chan connect.Event) connect.Event {
 	t.Helper()
-	for e := range events {
-		if e.Type != connect.EventPing {
-			return e
+	late := time.After(2 * time.Minute)
+	for {
+		select {
+		case e, ok := <-events:
+			if !ok {
+				t.Fatal("the event stream ended")
+			}
+			if e.Type != connect.EventPing {
+				return e
+			}
+		case <-late:
+			t.Fatal("no event for two minutes")
 		}
 	}
-	t.Fatal("the event stream ended")
-	return connect.Event{}
 }
 
 // seen waits until the gateway has taken the policy's revision.

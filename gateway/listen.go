@@ -42,13 +42,17 @@ type host struct {
 // believe replaces the session CAs. Connections that were let in under the
 // earlier ones stay: their sessions are decided on by policyd, not by the CA.
 func (s *Server) believe(t sallyport.Trust) error {
+	if had := s.trust.Load(); had != nil && had.bundle == t.SessionCAs {
+		return nil
+	}
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM([]byte(t.SessionCAs)) {
 		return errNoCAs
 	}
 	s.trust.Store(&trust{
-		lane: tunnel.ServerTLS(s.deps.Certificate, pool, lane.NextProto),
-		quic: tunnel.ServerTLS(s.deps.Certificate, pool, h3.NextProto),
+		bundle: t.SessionCAs,
+		lane:   tunnel.ServerTLS(s.deps.Certificate, pool, lane.NextProto),
+		quic:   tunnel.ServerTLS(s.deps.Certificate, pool, h3.NextProto),
 	})
 	s.log.Info("session CAs taken")
 	return nil
@@ -57,8 +61,9 @@ func (s *Server) believe(t sallyport.Trust) error {
 // trust is the tunnel host's TLS configuration with the session CAs that it
 // believes: immutable, replaced as a whole.
 type trust struct {
-	lane *tls.Config // http/1.1 over TCP
-	quic *tls.Config // h3 over QUIC
+	bundle string      // PEM
+	lane   *tls.Config // http/1.1 over TCP
+	quic   *tls.Config // h3 over QUIC
 }
 
 var (
@@ -156,7 +161,7 @@ func passing(err error) bool {
 // serveConn does the handshake, within its own time, and hands the connection
 // to its host.
 func (s *Server) serveConn(ctx context.Context, c net.Conn, config *tls.Config, shaken func()) {
-	t := tls.Server(c, config)
+	t := tls.Server(lane.Socket(c), config)
 	hctx, cancel := context.WithTimeout(ctx, tunnel.HandshakeTimeout)
 	err := t.HandshakeContext(hctx)
 	cancel()

@@ -6,9 +6,11 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"io"
 	"net"
+	"net/http"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -19,6 +21,7 @@ import (
 	"sallyport"
 	"sallyport/proto/connect"
 	"sallyport/tunnel"
+	"sallyport/tunnel/h3"
 	"sallyport/tunnel/lane"
 	"sallyport/tunnel/tunneltest"
 )
@@ -33,11 +36,12 @@ type site struct {
 	journal *journal
 	addr    string
 	stop    func()
+	dial    func(context.Context, tunnel.DialConfig) (tunnel.Carrier, error)
 }
 
 func newSite(t *testing.T, limits Limits) *site {
 	t.Helper()
-	s := &site{Site: tunneltest.NewSite(t), t: t, policy: newPolicy(), journal: new(journal)}
+	s := &site{Site: tunneltest.NewSite(t), t: t, policy: newPolicy(), journal: new(journal), dial: lane.Dial}
 	s.policy.trust = &sallyport.Trust{SessionCAs: string(s.Sessions.PEM())}
 	var err error
 	s.gateway, err = New(Config{PublicURL: "https://" + tunneltest.Host, Limits: limits}, Deps{
@@ -50,17 +54,49 @@ func newSite(t *testing.T, limits Limits) *site {
 	return s
 }
 
+// carriers are the ways to the gateway; what is true of one is true of all.
+var carriers = []struct {
+	name string
+	dial func(context.Context, tunnel.DialConfig) (tunnel.Carrier, error)
+}{{"quic", h3.Dial}, {"tls", lane.Dial}}
+
+// eachCarrier runs a test once for each carrier.
+func eachCarrier(t *testing.T, limits Limits, test func(t *testing.T, s *site)) {
+	for _, c := range carriers {
+		t.Run(c.name, func(t *testing.T) {
+			s := newSite(t, limits)
+			s.dial = c.dial
+			test(t, s)
+		})
+	}
+}
+
+// listenBoth listens on one port of TCP and UDP.
+func listenBoth(t *testing.T) (net.Listener, net.PacketConn) {
+	t.Helper()
+	for range 20 {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		udp, err := net.ListenPacket("udp", l.Addr().String())
+		if err == nil {
+			return l, udp
+		}
+		l.Close() // another program has that UDP port
+	}
+	t.Fatal("no port is free in TCP and UDP")
+	return nil, nil
+}
+
 // start serves until the test ends, on a port that the system chooses.
 func (s *site) start() {
 	s.t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		s.t.Fatal(err)
-	}
+	l, udp := listenBoth(s.t)
 	s.addr = l.Addr().String()
 	ctx, cancel := context.WithCancel(context.Background())
 	served := make(chan error, 1)
-	go func() { served <- s.gateway.Serve(ctx, l, nil) }()
+	go func() { served <- s.gateway.Serve(ctx, l, udp) }()
 	s.stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-served; err != nil {
@@ -78,7 +114,7 @@ func (s *site) ready() {
 // agent returns a carrier of the session.
 func (s *site) agent(session sallyport.SessionID) tunnel.Carrier {
 	s.t.Helper()
-	c, err := lane.Dial(s.t.Context(), s.DialConfig(s.addr, s.Session(s.t, session, nil)))
+	c, err := s.dial(s.t.Context(), s.DialConfig(s.addr, s.Session(s.t, session, nil)))
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -149,182 +185,221 @@ func echo(c net.Conn) {
 // TestRefusedMeansNoPacket: of all the ways to be refused none reaches the
 // service, and an allowed flow reaches it once.
 func TestRefusedMeansNoPacket(t *testing.T) {
-	s := newSite(t, Limits{DecisionTimeout: 200 * time.Millisecond})
-	service := s.service("db.internal", echo)
-	s.start()
-	s.ready()
+	eachCarrier(t, Limits{DecisionTimeout: 200 * time.Millisecond}, func(t *testing.T, s *site) {
+		service := s.service("db.internal", echo)
+		s.start()
+		s.ready()
 
-	refusals := []struct {
-		name    string
-		set     func()
-		reset   func()
-		outcome sallyport.Outcome
-	}{
-		{"denied", func() { s.policy.denied[service.target.String()] = true }, func() { clear(s.policy.denied) }, sallyport.OutcomeDenied},
-		{"policyd fails", func() { s.policy.err = io.ErrUnexpectedEOF }, func() { s.policy.err = nil }, sallyport.OutcomeUnavailable},
-		{"behind", func() { s.policy.lag = 1 }, func() { s.policy.lag = 0 }, sallyport.OutcomeUnavailable},
-	}
-	for _, r := range refusals {
-		a := s.agent("s1")
-		until(t, "its lane is admitted", func() bool { return s.gateway.openCarriers() == 1 })
-		s.policy.set(r.set)
-		if _, err := a.Open(t.Context(), service.target, nil); sallyport.OutcomeOf(err) != r.outcome {
-			t.Errorf("%s: got %v; want outcome %d", r.name, err, r.outcome)
+		refusals := []struct {
+			name    string
+			set     func()
+			reset   func()
+			outcome sallyport.Outcome
+		}{
+			{"denied", func() { s.policy.denied[service.target.String()] = true }, func() { clear(s.policy.denied) }, sallyport.OutcomeDenied},
+			{"policyd fails", func() { s.policy.err = io.ErrUnexpectedEOF }, func() { s.policy.err = nil }, sallyport.OutcomeUnavailable},
+			{"behind", func() { s.policy.lag = 1 }, func() { s.policy.lag = 0 }, sallyport.OutcomeUnavailable},
 		}
-		s.policy.set(r.reset)
-		a.Close()
-		until(t, "its lanes are gone", func() bool { return s.gateway.table.carrierCount() == 0 })
-	}
-	a := s.agent("s1")
-	if _, err := a.Open(t.Context(), sallyport.Target{Network: sallyport.TCP, Host: "127.0.0.1", Port: 5432}, nil); sallyport.OutcomeOf(err) != sallyport.OutcomeUsage {
-		t.Errorf("raw address: got %v", err)
-	}
-	if n := service.accepted.Load(); n != 0 {
-		t.Fatalf("refusals reached the service %d times", n)
-	}
-	f, err := a.Open(t.Context(), service.target, []byte("early"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	f.CloseWrite()
-	if b, err := io.ReadAll(f); string(b) != "early" || err != nil {
-		t.Errorf("read %q, %v", b, err)
-	}
-	if n := service.accepted.Load(); n != 1 {
-		t.Errorf("the service was reached %d times; want once", n)
-	}
-	if f.Rule != "dba" || f.ID == "" || f.Decision == "" {
-		t.Errorf("flow %+v lacks its rule, id or decision", f)
-	}
+		for _, r := range refusals {
+			a := s.agent("s1")
+			until(t, "its lane is admitted", func() bool { return s.gateway.openCarriers() == 1 })
+			s.policy.set(r.set)
+			if _, err := a.Open(t.Context(), service.target, nil); sallyport.OutcomeOf(err) != r.outcome {
+				t.Errorf("%s: got %v; want outcome %d", r.name, err, r.outcome)
+			}
+			s.policy.set(r.reset)
+			a.Close()
+			until(t, "its lanes are gone", func() bool { return s.gateway.table.carrierCount() == 0 })
+		}
+		a := s.agent("s1")
+		if _, err := a.Open(t.Context(), sallyport.Target{Network: sallyport.TCP, Host: "127.0.0.1", Port: 5432}, nil); sallyport.OutcomeOf(err) != sallyport.OutcomeUsage {
+			t.Errorf("raw address: got %v", err)
+		}
+		if n := service.accepted.Load(); n != 0 {
+			t.Fatalf("refusals reached the service %d times", n)
+		}
+		f, err := a.Open(t.Context(), service.target, []byte("early"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.CloseWrite()
+		if b, err := io.ReadAll(f); string(b) != "early" || err != nil {
+			t.Errorf("read %q, %v", b, err)
+		}
+		if n := service.accepted.Load(); n != 1 {
+			t.Errorf("the service was reached %d times; want once", n)
+		}
+		if f.Rule != "dba" || f.ID == "" || f.Decision == "" {
+			t.Errorf("flow %+v lacks its rule, id or decision", f)
+		}
+	})
 }
 
 // TestCase_G11_HalfCloseKeepsTheReply: 1 MiB up, the end, then 1 MiB back.
 func TestCase_G11_HalfCloseKeepsTheReply(t *testing.T) {
-	s := newSite(t, Limits{})
-	reply := make([]byte, 1<<20)
-	rand.Read(reply)
-	service := s.service("digest.internal", func(c net.Conn) {
-		h := sha256.New()
-		io.Copy(h, c)
-		c.Write(h.Sum(nil))
-		c.Write(reply)
+	eachCarrier(t, Limits{}, func(t *testing.T, s *site) {
+		reply := make([]byte, 1<<20)
+		rand.Read(reply)
+		service := s.service("digest.internal", func(c net.Conn) {
+			h := sha256.New()
+			io.Copy(h, c)
+			c.Write(h.Sum(nil))
+			c.Write(reply)
+		})
+		s.start()
+		s.ready()
+		f, err := s.agent("s1").Open(t.Context(), service.target, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sent := make([]byte, 1<<20)
+		rand.Read(sent)
+		if _, err := f.Write(sent); err != nil {
+			t.Fatal(err)
+		}
+		f.CloseWrite()
+		got, err := io.ReadAll(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if sum := sha256.Sum256(sent); !bytes.Equal(got, append(sum[:], reply...)) {
+			t.Errorf("got %d bytes; want the sum and the reply", len(got))
+		}
 	})
-	s.start()
-	s.ready()
-	f, err := s.agent("s1").Open(t.Context(), service.target, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	sent := make([]byte, 1<<20)
-	rand.Read(sent)
-	if _, err := f.Write(sent); err != nil {
-		t.Fatal(err)
-	}
-	f.CloseWrite()
-	got, err := io.ReadAll(f)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if sum := sha256.Sum256(sent); !bytes.Equal(got, append(sum[:], reply...)) {
-		t.Errorf("got %d bytes; want the sum and the reply", len(got))
-	}
 }
 
 // TestCase_G11_ResetIsNoEnd: a service that resets in the middle is an error to
 // the agent, never the end of the stream.
 func TestCase_G11_ResetIsNoEnd(t *testing.T) {
-	s := newSite(t, Limits{})
-	service := s.service("reset.internal", func(c net.Conn) {
-		c.Write([]byte("half"))
-		c.Read(make([]byte, 1)) // the agent has read it
-		c.(*net.TCPConn).SetLinger(0)
+	eachCarrier(t, Limits{}, func(t *testing.T, s *site) {
+		service := s.service("reset.internal", func(c net.Conn) {
+			c.Write([]byte("half"))
+			c.Read(make([]byte, 1)) // the agent has read it
+			c.(*net.TCPConn).SetLinger(0)
+		})
+		s.start()
+		s.ready()
+		f, err := s.agent("s1").Open(t.Context(), service.target, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(f, make([]byte, 4)); err != nil {
+			t.Fatal(err)
+		}
+		f.Write([]byte("x"))
+		if _, err := f.Read(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) {
+			t.Errorf("read after the service's reset: got %v; want an error", err)
+		}
 	})
-	s.start()
-	s.ready()
-	f, err := s.agent("s1").Open(t.Context(), service.target, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.ReadFull(f, make([]byte, 4)); err != nil {
-		t.Fatal(err)
-	}
-	f.Write([]byte("x"))
-	if _, err := f.Read(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) {
-		t.Errorf("read after the service's reset: got %v; want an error", err)
-	}
 }
 
 // TestCase_G10_UpstreamFailures through a carrier: the agent learns which way
 // the service failed.
 func TestCase_G10_UpstreamFailures(t *testing.T) {
-	s := newSite(t, Limits{DialTimeout: 300 * time.Millisecond})
-	closed, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	refused := sallyport.Target{Network: sallyport.TCP, Host: "refused.internal", Port: 1}
-	s.route(refused, closed.Addr())
-	closed.Close()
-	unresolved := sallyport.Target{Network: sallyport.TCP, Host: "nowhere.invalid", Port: 1}
-	self := sallyport.Target{Network: sallyport.TCP, Host: "self.internal", Port: 1}
-	s.start()
-	s.ready()
-	gatewayAddr, _ := net.ResolveTCPAddr("tcp", s.addr)
-	s.route(self, gatewayAddr)
-	s.policy.set(func() {
-		s.policy.upstreams[unresolved.String()] = sallyport.Upstream{Network: sallyport.TCP, Host: "nowhere.invalid", Port: 1}
-	})
-	a := s.agent("s1")
-	for _, tt := range []struct {
-		target  sallyport.Target
-		outcome sallyport.Outcome
-		code    string
-	}{
-		{refused, sallyport.OutcomeUpstream, connect.ProblemRefused},
-		{unresolved, sallyport.OutcomeUpstream, connect.ProblemDNS},
-		{self, sallyport.OutcomeDenied, connect.ProblemProhibited}, // G7: its own listener
-	} {
-		_, err := a.Open(t.Context(), tt.target, nil)
-		if sallyport.OutcomeOf(err) != tt.outcome || sallyport.CodeOf(err) != tt.code {
-			t.Errorf("%s: got %v (%s); want %s", tt.target, err, sallyport.CodeOf(err), tt.code)
+	eachCarrier(t, Limits{DialTimeout: 300 * time.Millisecond}, func(t *testing.T, s *site) {
+		closed, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
 		}
-	}
+		refused := sallyport.Target{Network: sallyport.TCP, Host: "refused.internal", Port: 1}
+		s.route(refused, closed.Addr())
+		closed.Close()
+		unresolved := sallyport.Target{Network: sallyport.TCP, Host: "nowhere.invalid", Port: 1}
+		self := sallyport.Target{Network: sallyport.TCP, Host: "self.internal", Port: 1}
+		s.start()
+		s.ready()
+		gatewayAddr, _ := net.ResolveTCPAddr("tcp", s.addr)
+		s.route(self, gatewayAddr)
+		s.policy.set(func() {
+			s.policy.upstreams[unresolved.String()] = sallyport.Upstream{Network: sallyport.TCP, Host: "nowhere.invalid", Port: 1}
+		})
+		a := s.agent("s1")
+		for _, tt := range []struct {
+			target  sallyport.Target
+			outcome sallyport.Outcome
+			code    string
+		}{
+			{refused, sallyport.OutcomeUpstream, connect.ProblemRefused},
+			{unresolved, sallyport.OutcomeUpstream, connect.ProblemDNS},
+			{self, sallyport.OutcomeDenied, connect.ProblemProhibited}, // G7: its own listener
+		} {
+			_, err := a.Open(t.Context(), tt.target, nil)
+			if sallyport.OutcomeOf(err) != tt.outcome || sallyport.CodeOf(err) != tt.code {
+				t.Errorf("%s: got %v (%s); want %s", tt.target, err, sallyport.CodeOf(err), tt.code)
+			}
+		}
+	})
 }
 
-// TestCase_N1_LaneIsCut: revoking a session ends a flow on a lane within a
-// second, at both ends, and the agent cannot come back.
-func TestCase_N1_LaneIsCut(t *testing.T) {
-	s := newSite(t, Limits{})
-	ended := make(chan error, 1)
-	service := s.service("db.internal", func(c net.Conn) {
-		io.Copy(c, c)
-		_, err := c.Read(make([]byte, 1))
-		ended <- err
+// TestCase_N1_RevokedWithinASecond: revoking a session ends its flow within a second, at
+// both ends, tells the agent why, and keeps it out.
+func TestCase_N1_RevokedWithinASecond(t *testing.T) {
+	eachCarrier(t, Limits{}, func(t *testing.T, s *site) {
+		ended := make(chan error, 1)
+		service := s.service("db.internal", func(c net.Conn) {
+			io.Copy(c, c)
+			_, err := c.Read(make([]byte, 1))
+			ended <- err
+		})
+		s.start()
+		s.ready()
+		a := s.agent("s1")
+		f, err := a.Open(t.Context(), service.target, []byte("ping"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(f, make([]byte, 4)); err != nil {
+			t.Fatal(err)
+		}
+		events := eventsOf(t, a)
+		began := time.Now()
+		s.policy.change(sessionSubject("s1"), "session revoked", func() { s.policy.dead["s1"] = true })
+		if _, err := f.Read(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) {
+			t.Errorf("agent's end: got %v; want a reset", err)
+		}
+		if err := <-ended; !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, io.EOF) {
+			t.Errorf("service's end: %v", err)
+		}
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("took %s; want a second at most", took)
+		}
+		for _, want := range []string{connect.EventWithdrawn, connect.EventSession} {
+			if e := next(t, events); e.Type != want || e.Code != "session_revoked" || e.Reason != "session revoked" {
+				t.Errorf("event %+v; want %s", e, want)
+			}
+		}
+		if _, err := a.Open(t.Context(), service.target, nil); sallyport.OutcomeOf(err) != sallyport.OutcomeLogin {
+			t.Errorf("after the revocation: got %v; want login", err)
+		}
 	})
-	s.start()
-	s.ready()
-	a := s.agent("s1")
-	f, err := a.Open(t.Context(), service.target, []byte("ping"))
+}
+
+// eventsOf reads the event stream of a carrier until it ends.
+func eventsOf(t *testing.T, c tunnel.Carrier) <-chan connect.Event {
+	t.Helper()
+	req, _ := http.NewRequestWithContext(t.Context(), http.MethodGet, connect.PathEvents, nil)
+	resp, err := c.RoundTrip(req)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := io.ReadFull(f, make([]byte, 4)); err != nil {
-		t.Fatal(err)
+	dec := json.NewDecoder(resp.Body)
+	var hello connect.Event
+	if err := dec.Decode(&hello); err != nil || hello.Type != connect.EventHello {
+		t.Fatalf("first event %+v, %v; want hello", hello, err)
 	}
-	began := time.Now()
-	s.policy.change(sessionSubject("s1"), "session revoked", func() { s.policy.dead["s1"] = true })
-	if _, err := f.Read(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) {
-		t.Errorf("agent's end: got %v; want a reset", err)
-	}
-	if err := <-ended; !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, io.EOF) {
-		t.Errorf("service's end: %v", err)
-	}
-	if took := time.Since(began); took > time.Second {
-		t.Errorf("took %s; want a second at most", took)
-	}
-	if _, err := a.Open(t.Context(), service.target, nil); sallyport.OutcomeOf(err) != sallyport.OutcomeLogin {
-		t.Errorf("after the revocation: got %v; want login", err)
-	}
+	events := make(chan connect.Event, 100)
+	go func() {
+		defer close(events)
+		defer resp.Body.Close()
+		for {
+			var e connect.Event
+			if dec.Decode(&e) != nil {
+				return
+			}
+			events <- e
+		}
+	}()
+	return events
 }
 
 // TestCase_N12_NotReadyBeforeTheSnapshot: a gateway that has not heard policyd

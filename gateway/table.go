@@ -34,6 +34,7 @@ type table struct {
 // holding counts what one session holds.
 type holding struct {
 	carriers, lanes, flows int
+	waiting                int // of flows
 }
 
 func newTable(l Limits) *table {
@@ -81,10 +82,11 @@ func (t *table) register(c tunnel.ServerConn, target sallyport.Target, cancel fu
 		return nil, errNoCarrier(carrier)
 	case t.draining:
 		return nil, errDraining()
-	case t.waiting >= t.limits.Pending:
-		return nil, unavailable(fmt.Errorf("%d flows are waiting already", t.waiting))
 	}
 	h := t.holding(carrier.session)
+	if t.waiting >= t.limits.Pending || h.waiting >= max(t.limits.Pending/4, 1) {
+		return nil, unavailable(hopWaiting, nil)
+	}
 	if h.flows >= t.limits.Flows {
 		return nil, &sallyport.Error{Outcome: sallyport.OutcomeUnavailable, Code: connect.ProblemTooMany,
 			Message: fmt.Sprintf("this session has %d connections open, which is as many as it may", h.flows)}
@@ -94,6 +96,7 @@ func (t *table) register(c tunnel.ServerConn, target sallyport.Target, cancel fu
 		flow: sallyport.FlowID(sallyport.NewID("f")), cancel: cancel, gone: make(chan struct{}),
 	}
 	h.flows++
+	h.waiting++
 	t.waiting++
 	t.grants[g] = struct{}{}
 	carrier.flows[g] = struct{}{}
@@ -135,7 +138,7 @@ func (t *table) ask(g *grant, now time.Time, peer netip.AddrPort) (sallyport.Req
 		return sallyport.Request{}, 0, t.refusal(g)
 	}
 	if err := t.fresh.mayOpen(now); err != nil {
-		return sallyport.Request{}, 0, unavailable(err)
+		return sallyport.Request{}, 0, unavailable(err.Error(), nil)
 	}
 	return g.question(peer), t.fresh.tick(), nil
 }
@@ -145,7 +148,7 @@ func (t *table) refusal(g *grant) *sallyport.Error {
 	if g.withdrawal != nil {
 		return g.withdrawal.refusal()
 	}
-	return unavailable(fmt.Errorf("flow is %s", g.state))
+	return unavailable("the connection is "+g.state.String(), nil)
 }
 
 // answered says what became of an answer.
@@ -240,6 +243,7 @@ func (t *table) step(g *grant, e event) bool {
 	}
 	if !g.isCarrier() && g.state < open && next >= open {
 		t.waiting--
+		t.sessions[g.session].waiting--
 	}
 	g.state = next
 	return true
@@ -292,11 +296,11 @@ func (t *table) unindex(s sallyport.Subject, g *grant) {
 
 // failed is the refusal after a question that got no answer: the reason of a
 // withdrawal if there was one, for that cancels the question.
-func (t *table) failed(g *grant, err error) *sallyport.Error {
+func (t *table) failed(g *grant, hop string, err error) *sallyport.Error {
 	if refusal := t.withdrawn(g); refusal != nil {
 		return refusal
 	}
-	return unavailable(err)
+	return unavailable(hop, err)
 }
 
 // withdrawn is what the owner of a withdrawn g is told; nil if it was not.

@@ -24,6 +24,7 @@ func (s *Server) Authorize(ctx context.Context, questions []sallyport.Request) (
 	if s.asking.Add(1) > maxAsking {
 		return nil, unavailable("policy.busy", "too many questions wait for an answer")
 	}
+	start := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.DecisionTimeout)
 	defer cancel()
 	v, err := s.view()
@@ -35,6 +36,7 @@ func (s *Server) Authorize(ctx context.Context, questions []sallyport.Request) (
 	for i := range questions {
 		q := &questions[i]
 		out[i] = a.decide(q)
+		s.metrics.decisions.Inc(out[i].Verdict.String())
 		if q.Recheck != "" && out[i].Allowed() {
 			continue
 		}
@@ -48,6 +50,7 @@ func (s *Server) Authorize(ctx context.Context, questions []sallyport.Request) (
 			s.log.Error("audit record lost", "type", sallyport.AuditDecision, "error", err) // a cut must not wait for it
 		}
 	}
+	s.metrics.deciding.Observe(time.Since(start).Seconds())
 	return out, nil
 }
 

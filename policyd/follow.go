@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"sallyport"
+	"sallyport/internal/backoff"
 )
 
 // silence is after how long without an event a stream counts as broken;
@@ -16,22 +17,11 @@ const silence = 5 * time.Second
 // follow keeps a stream from cached open until ctx ends.
 func (s *Server) follow(ctx context.Context) error {
 	f := &follower{Server: s}
-	for attempt := 0; ; attempt++ {
-		f.draft, f.complete = nil, false
-		err := f.stream(ctx)
-		f.replay.connected.Store(false)
-		if ctx.Err() != nil {
-			return nil
-		}
-		if f.complete {
-			attempt = 0
-		}
-		f.again = f.again || errors.Is(err, sallyport.ErrCompacted)
+	var retry backoff.Backoff
+	_ = retry.Keep(ctx, f.stream, func(err error, attempt int) { // its error is ctx's
 		s.log.Warn("stream from cached ended", "error", err, "attempt", attempt)
-		if err := pause(ctx, attempt); err != nil {
-			return nil
-		}
-	}
+	})
+	return nil
 }
 
 // follower turns one stream after the other into snapshots. It belongs to one
@@ -46,7 +36,10 @@ type follower struct {
 
 var errSilent = errors.New("no heartbeat from cached")
 
+// stream follows one stream to its end.
 func (f *follower) stream(ctx context.Context) error {
+	f.draft, f.complete = nil, false
+	defer f.replay.connected.Store(false)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	watchdog := time.AfterFunc(2*silence, func() { cancel(errSilent) })
@@ -56,12 +49,14 @@ func (f *follower) stream(ctx context.Context) error {
 		q.Epoch, q.Since = snap.epoch, snap.revision
 	}
 	err := f.records.Watch(ctx, q, func(e sallyport.WatchEvent) error {
-		watchdog.Reset(silence)
+		watchdog.Stop() // taking an event in may last; only waiting for one is silence
+		defer watchdog.Reset(silence)
 		return f.event(ctx, e)
 	})
 	if cause := context.Cause(ctx); errors.Is(cause, errSilent) {
 		return cause
 	}
+	f.again = f.again || errors.Is(err, sallyport.ErrCompacted)
 	return err
 }
 

@@ -90,9 +90,9 @@ func (w *watcher) add(c sallyport.SubjectChange) {
 // joinWords puts the newer words behind the older ones, as far as there is room.
 func joinWords(old, new string) string {
 	switch {
-	case old == "" || old == new || strings.HasSuffix(old, "; "+new):
+	case old == "":
 		return new
-	case new == "":
+	case new == "" || old == new || strings.HasSuffix(old, "; "+new):
 		return old
 	case len(old)+len(new) > maxWhy:
 		return new

@@ -1,6 +1,7 @@
 package policyd
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"sync"
@@ -88,6 +89,20 @@ func (d *desk) tidy(ctx context.Context, ttl func() time.Duration) error {
 // cached at once, up to three in a row and then one each second; an unchanged
 // one only when the stored one has lived a third of the time for which it counts.
 func (s *Server) ReportPosture(ctx context.Context, session sallyport.SessionID, jws string) error {
+	err := s.reportPosture(ctx, session, jws)
+	s.metrics.reports.Inc(reportWord(err))
+	return err
+}
+
+// reportWord is how the figures name the end of a report.
+func reportWord(err error) string {
+	if err == nil {
+		return "ok"
+	}
+	return cmp.Or(sallyport.CodeOf(err), "error")
+}
+
+func (s *Server) reportPosture(ctx context.Context, session sallyport.SessionID, jws string) error {
 	v, err := s.view()
 	if err != nil {
 		return err

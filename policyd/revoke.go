@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"sallyport"
+	"sallyport/internal/backoff"
 	"sallyport/policyd/policy"
 )
 
@@ -231,13 +232,14 @@ func (s *Server) replayAll(ctx context.Context) error {
 			return nil
 		case <-s.replay.kick:
 		}
-		for attempt := 0; s.replay.connected.Load() && s.revoked.Load().pending(); attempt++ {
+		var retry backoff.Backoff
+		for s.replay.connected.Load() && s.revoked.Load().pending() {
 			err := s.replayOnce(ctx)
 			if err == nil {
 				continue
 			}
-			s.log.Warn("direct revocation not written to cached yet", "error", err, "attempt", attempt)
-			if pause(ctx, attempt) != nil {
+			s.log.Warn("direct revocation not written to cached yet", "error", err, "attempt", retry.Attempt()+1)
+			if retry.Wait(ctx) != nil {
 				return nil
 			}
 		}

@@ -10,6 +10,7 @@ import (
 
 	"sallyport"
 	"sallyport/internal/logging"
+	"sallyport/internal/telemetry"
 
 	"golang.org/x/sync/errgroup"
 )
@@ -23,6 +24,8 @@ type Deps struct {
 	Audit sallyport.Auditor
 	// Log; nil: nothing is logged.
 	Log logging.Logger
+	// Metrics takes policyd's figures; nil: nobody counts.
+	Metrics *telemetry.Registry
 }
 
 // Server implements sallyport.Authorizer, Explainer, Changes, PostureSink and
@@ -33,6 +36,7 @@ type Server struct {
 	records sallyport.Records
 	audit   sallyport.Auditor
 	log     logging.Logger
+	metrics metrics
 
 	snap    atomic.Pointer[snapshot]  // nil before the first complete one
 	revoked atomic.Pointer[overrides] // direct revocations; never nil
@@ -71,6 +75,7 @@ func New(cfg Config, deps Deps) (*Server, error) {
 	s.revoked.Store(&overrides{})
 	s.replay.kick = make(chan struct{}, 1)
 	s.confirmed.Store(-1)
+	s.metrics = newMetrics(deps.Metrics, s)
 	return s, nil
 }
 

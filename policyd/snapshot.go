@@ -214,27 +214,27 @@ func (d *snapshotDraft) applyTrust(r sallyport.Record) {
 
 // person fills p with the live session id and what stands behind it. Otherwise
 // absent says, for people, why there is none. Whatever is missing, expired,
-// disabled, or belongs to somebody else ends the session.
+// disabled, names somebody else or itself otherwise, ends the session.
 func (s *snapshot) person(id sallyport.SessionID, revoked *overrides, now time.Time, p *policy.Person) (absent string) {
 	session, ok := s.sessions.get(string(id))
 	switch {
 	case id == "":
 		return "no session"
-	case !ok:
+	case !ok, session.value.ID != id:
 		return "session revoked"
 	case session.expired(now), !now.Before(session.value.Expires):
 		return "session expired"
 	}
 	login, ok := s.logins.get(string(session.value.Login))
 	switch {
-	case !ok, login.value.User != session.value.User:
+	case !ok, login.value.ID != session.value.Login, login.value.User != session.value.User:
 		return "login revoked"
 	case login.expired(now), !now.Before(login.value.Expires):
 		return "login expired"
 	}
 	user, ok := s.users.get(string(session.value.User))
 	switch {
-	case !ok, user.expired(now):
+	case !ok, user.expired(now), user.value.ID != session.value.User:
 		return "user removed"
 	case user.value.Disabled:
 		return "user disabled"
@@ -264,7 +264,7 @@ func (s *snapshot) device(p *policy.Person, now time.Time) (absent string) {
 	}
 	device, ok := s.devices.get(string(id))
 	switch {
-	case !ok, device.expired(now):
+	case !ok, device.expired(now), device.value.ID != id:
 		return "device removed"
 	case device.value.Revoked:
 		return "device revoked"

@@ -83,14 +83,18 @@ type choice struct {
 	Name string `json:"name,omitempty"`
 }
 
-// Load returns the profile's key from its directory. Without one the error is
-// fs.ErrNotExist; a key that is there but cannot be had is an *sallyport.Error
-// with code keystore.unavailable (OutcomeUsage).
+// ErrNone is Load's error for a profile that never had a key. It is an error of
+// its own so that a key that has gone missing is never taken for one.
+var ErrNone = errors.New("this profile has no device key yet")
+
+// Load returns the profile's key from its directory, or ErrNone. A key that was
+// made but cannot be had is an *sallyport.Error with code keystore.unavailable
+// (OutcomeUsage).
 func Load(ctx context.Context, dir *state.Dir, o Options) (*Key, error) {
 	var c choice
 	if err := dir.ReadJSON(choiceFile, &c); err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
-			return nil, err
+			return nil, ErrNone
 		}
 		return nil, unavailable(dir, "the device key's description cannot be read", err)
 	}
@@ -111,7 +115,7 @@ func Load(ctx context.Context, dir *state.Dir, o Options) (*Key, error) {
 // LoadOrCreate returns the profile's key and makes one if there is none.
 func LoadOrCreate(ctx context.Context, dir *state.Dir, o Options) (*Key, error) {
 	k, err := Load(ctx, dir, o)
-	if !errors.Is(err, fs.ErrNotExist) {
+	if !errors.Is(err, ErrNone) {
 		return k, err
 	}
 	unlock, err := dir.Lock(ctx, lockName)
@@ -119,7 +123,7 @@ func LoadOrCreate(ctx context.Context, dir *state.Dir, o Options) (*Key, error) 
 		return nil, err
 	}
 	defer unlock()
-	if k, err := Load(ctx, dir, o); !errors.Is(err, fs.ErrNotExist) {
+	if k, err := Load(ctx, dir, o); !errors.Is(err, ErrNone) {
 		return k, err // another process was first
 	}
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)

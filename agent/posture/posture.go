@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"os"
@@ -287,19 +288,14 @@ func readFile(path string) ([]byte, error) {
 		return nil, innermost(err)
 	}
 	defer f.Close()
-	b := make([]byte, maxPostureFile+1)
-	n := 0
-	for n < len(b) {
-		k, err := f.Read(b[n:])
-		n += k
-		if k == 0 || err != nil {
-			break
-		}
+	b, err := io.ReadAll(io.LimitReader(f, maxPostureFile+1))
+	if err != nil {
+		return nil, innermost(err)
 	}
-	if n > maxPostureFile {
+	if len(b) > maxPostureFile {
 		return nil, fmt.Errorf("larger than %d bytes", maxPostureFile)
 	}
-	return b[:n], nil
+	return b, nil
 }
 
 func innermost(err error) error {

@@ -78,6 +78,9 @@ func (s *Store) Write(_ context.Context, rows []cached.Row) error {
 	return nil
 }
 
+// Room implements cached.Store.
+func (s *Store) Room(context.Context) error { return nil }
+
 // Scan implements cached.Store.
 func (s *Store) Scan(ctx context.Context, kinds []sallyport.Kind, begin func(cached.State) error, each func(cached.Row) error) error {
 	rows, state := s.pick(func(r *cached.Row) bool {

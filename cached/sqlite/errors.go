@@ -26,13 +26,7 @@ func classify(err error) error {
 			Err:     err,
 		}
 	case sqlite3.ErrFull:
-		return &sallyport.Error{
-			Outcome: sallyport.OutcomeUnavailable,
-			Code:    "storage.full",
-			Message: "the disk of the record store is full",
-			Hint:    "free space on it; cached goes on by itself",
-			Err:     err,
-		}
+		return full(err)
 	case sqlite3.ErrIoErr, sqlite3.ErrCorrupt, sqlite3.ErrNotADB, sqlite3.ErrCantOpen, sqlite3.ErrReadonly, sqlite3.ErrProtocol:
 		return fmt.Errorf("%w: %w", cached.ErrBroken, err)
 	}

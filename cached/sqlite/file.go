@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"sallyport"
-	"sallyport/internal/logging"
 )
 
 const (
@@ -200,9 +199,6 @@ func (s *Store) migrate() error {
 	}
 	// The header in the file itself must tell the version, not the log.
 	_, err := s.writer.ExecContext(ctx, `PRAGMA wal_checkpoint(PASSIVE)`)
-	if err == nil {
-		_, err = s.writer.ExecContext(ctx, `PRAGMA journal_size_limit = 67108864`)
-	}
 	return err
 }
 
@@ -224,7 +220,7 @@ func (s *Store) inspect(path string) error {
 
 // load reads the state and starts a new epoch where the history is not the one
 // that the marker knows.
-func (s *Store) load(log logging.Logger) error {
+func (s *Store) load() error {
 	ctx := context.Background()
 	var store string
 	var revision, compacted uint64
@@ -240,7 +236,7 @@ func (s *Store) load(log logging.Logger) error {
 	known := s.marker.initialised && s.marker.Store == store && s.marker.Revision <= revision
 	if !known && revision > 0 {
 		if s.marker.initialised {
-			log.Warn("record store is not the one that was written last, starting a new epoch",
+			s.log.Warn("record store is not the one that was written last, starting a new epoch",
 				"revision", revision, "revision_known", s.marker.Revision)
 		}
 		s.epoch = sallyport.Epoch(sallyport.NewID("e"))

@@ -41,6 +41,8 @@ type Config struct {
 
 // Store implements cached.Store over a file.
 type Store struct {
+	path   string
+	log    logging.Logger
 	marker *marker
 	epoch  sallyport.Epoch
 
@@ -79,18 +81,18 @@ func Open(path string, cfg Config) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
-	s := &Store{marker: m}
-	if err := s.open(path, cfg); err != nil {
+	s := &Store{path: path, log: cfg.Log, marker: m}
+	if err := s.open(path, cfg.BusyTimeout); err != nil {
 		return nil, errors.Join(fmt.Errorf("open %s: %w", path, err), s.close())
 	}
 	return s, nil
 }
 
-func (s *Store) open(path string, cfg Config) error {
+func (s *Store) open(path string, busy time.Duration) error {
 	if err := prepareFile(path, s.marker); err != nil {
 		return err
 	}
-	if err := s.connect(path, cfg.BusyTimeout); err != nil {
+	if err := s.connect(path, busy); err != nil {
 		return damaged(path, err)
 	}
 	if err := s.migrate(); err != nil {
@@ -102,9 +104,10 @@ func (s *Store) open(path string, cfg Config) error {
 	if err := s.prepare(); err != nil {
 		return damaged(path, err)
 	}
-	if err := s.load(cfg.Log); err != nil {
+	if err := s.load(); err != nil {
 		return damaged(path, err)
 	}
+	s.reserve()
 	return s.marker.write(s.revision.Load(), true)
 }
 
@@ -194,7 +197,12 @@ func (s *Store) State(context.Context) (cached.State, error) {
 
 // Get implements cached.Store.
 func (s *Store) Get(ctx context.Context, kind sallyport.Kind, id string) (cached.Row, error) {
-	rows, err := collect(s.get.QueryContext(ctx, string(kind), id))
+	if err := ctx.Err(); err != nil {
+		return cached.Row{}, err
+	}
+	// A context that can end costs the driver a goroutine, and one row takes less
+	// time than that.
+	rows, err := collect(s.get.QueryContext(context.WithoutCancel(ctx), string(kind), id))
 	if err != nil {
 		return cached.Row{}, err
 	}
@@ -363,9 +371,13 @@ func (s *Store) Purge(ctx context.Context, upTo sallyport.Revision, limit int) (
 	return int(n), nil
 }
 
-// Maintain implements cached.Store: the marker follows the revision.
-func (s *Store) Maintain(context.Context) error {
-	return s.marker.write(s.revision.Load(), false)
+// Maintain implements cached.Store: the marker follows the revision, and a log
+// that grew during a long read shrinks again.
+func (s *Store) Maintain(ctx context.Context) error {
+	if err := s.marker.write(s.revision.Load(), false); err != nil {
+		return err
+	}
+	return s.shrinkLog(ctx)
 }
 
 func collect(rows *sql.Rows, err error) ([]cached.Row, error) {

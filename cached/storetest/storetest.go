@@ -68,7 +68,10 @@ func Records(t *testing.T, open func(t *testing.T) API) {
 	}{{"records", recordsCases}, {"watch", watchCases}, {"revoke", revokeCases}} {
 		t.Run(group.name, func(t *testing.T) {
 			for _, c := range group.cases {
-				t.Run(c.name, func(t *testing.T) { c.run(t, &client{t, open(t)}) })
+				t.Run(c.name, func(t *testing.T) {
+					t.Parallel() // they wait more than they work
+					c.run(t, &client{t, open(t)})
+				})
 			}
 		})
 	}

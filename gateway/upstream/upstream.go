@@ -242,11 +242,26 @@ func explain(u sallyport.Upstream, err error) *sallyport.Error {
 		e.Code = connect.ProblemTimeout
 		e.Message = "you are allowed; the service at " + authority(u) + " did not answer"
 		e.Hint = "check that it runs and that the gateway may reach it"
+	case exhausted(err):
+		e.Outcome, e.Code = sallyport.OutcomeUnavailable, "gateway.exhausted"
+		e.Message = "the gateway has no descriptors, ports or memory left for another connection"
+		e.Hint = "try again in a moment; if it stays, tell an administrator"
 	default:
 		e.Code = connect.ProblemUnreachable
 		e.Message = "you are allowed; the gateway could not reach " + authority(u)
 	}
 	return e
+}
+
+// exhausted reports whether the gateway's own machine is at its end, which says
+// nothing about the service.
+func exhausted(err error) bool {
+	for _, e := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.EADDRNOTAVAIL} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
 }
 
 func authority(u sallyport.Upstream) string {

@@ -235,6 +235,7 @@ func TestCase_G10_FailuresAreToldApart(t *testing.T) {
 		{"no answer, says the kernel", tcp("10.0.3.7", 1, true), fail(syscall.ETIMEDOUT), 504, "connection_timeout"},
 		{"no route to host", tcp("10.0.3.7", 1, true), fail(syscall.EHOSTUNREACH), 502, "destination_unavailable"},
 		{"network unreachable", tcp("10.0.3.7", 1, true), fail(syscall.ENETUNREACH), 502, "destination_unavailable"},
+		{"no descriptors", tcp("10.0.3.7", 1, true), fail(syscall.EMFILE), 503, "proxy_internal_response"}, // S8
 		{"no such name", tcp("nowhere.internal", 1, false), hang, 502, "dns_error"},
 		{"name without addresses", tcp("empty.internal", 1, false), hang, 502, "dns_error"},
 	}
@@ -245,7 +246,7 @@ func TestCase_G10_FailuresAreToldApart(t *testing.T) {
 				d := &Dialer{Guard: new(Guard), Resolver: names{"empty.internal": nil}, dial: tt.dial}
 				_, err := d.Dial(t.Context(), tt.up)
 				var e *sallyport.Error
-				if !errors.As(err, &e) || e.Outcome != sallyport.OutcomeUpstream {
+				if !errors.As(err, &e) || (e.Outcome == sallyport.OutcomeUpstream) != (tt.status != 503) {
 					t.Fatalf("got %v; want an upstream error", err)
 				}
 				if p := connect.ProblemOf(e); p.Status != tt.status || p.ProxyError() != tt.proxy {

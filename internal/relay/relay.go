@@ -138,11 +138,11 @@ func Splice(ctx context.Context, down, up Conn, o Options) Result {
 	<-done
 	stop()
 	stopIdle()
-	s.finish(EndEOF, nil) // a watcher that fires late finds the flow over
+	r := s.result()
 
 	down.Close()
 	up.Close()
-	return s.result()
+	return r
 }
 
 type splice struct {
@@ -154,32 +154,51 @@ type splice struct {
 
 	mu    sync.Mutex
 	ended bool // the first end decided
+	over  bool // both pumps have ended: a watcher that fires late does nothing
 	end   End
+	code  uint64
 	err   error
 }
 
 // finish records how the flow ended, once, and reports whether it did.
-func (s *splice) finish(end End, err error) bool {
+func (s *splice) finish(end End, code uint64, err error) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.ended {
 		return false
 	}
-	s.ended, s.end, s.err = true, end, err
+	s.ended, s.end, s.code, s.err = true, end, code, err
 	return true
 }
 
+// reset resets both sides with the code of the recorded end: a pump that fails
+// because the other one has reset its side must not tell a code of its own.
+func (s *splice) reset() {
+	s.mu.Lock()
+	code := s.code
+	s.mu.Unlock()
+	s.down.Reset(code)
+	s.up.Reset(code)
+}
+
+// withdraw cuts at once, also what is only delivered still because a destination
+// broke.
 func (s *splice) withdraw(cause error) {
-	if !s.finish(EndWithdrawn, cause) {
-		return
-	}
 	code := s.o.Withdrawn
 	var cut *Cut
 	if errors.As(cause, &cut) {
 		code = cut.Code
 	}
-	s.down.Reset(code)
-	s.up.Reset(code)
+	if !s.finish(EndWithdrawn, code, cause) {
+		s.mu.Lock()
+		over := s.over
+		s.code = code
+		s.mu.Unlock()
+		if over {
+			return
+		}
+	}
+	s.reset()
 }
 
 // watchIdle looks four times per limit whether bytes have moved.
@@ -206,28 +225,26 @@ func (s *splice) watchIdle() (stop func()) {
 }
 
 func (s *splice) idle() {
-	if !s.finish(EndIdle, errIdle) {
-		return
+	if s.finish(EndIdle, s.o.IdleReset, errIdle) {
+		s.reset()
 	}
-	s.down.Reset(s.o.IdleReset)
-	s.up.Reset(s.o.IdleReset)
 }
 
-// sideBroke is called by a pump whose source failed: the other side learns it at
-// once, and with it the other pump ends.
-func (s *splice) sideBroke(end End, err error) {
-	s.finish(end, err)
+// broke records that a pump's source or destination failed.
+func (s *splice) broke(end End, err error) {
 	code := s.o.DownReset
 	if end == EndUpReset {
 		code = s.o.UpReset
 	}
-	s.down.Reset(code)
-	s.up.Reset(code)
+	s.finish(end, code, err)
 }
 
+// result closes the books: from here on nobody resets anything.
 func (s *splice) result() Result {
+	s.finish(EndEOF, 0, nil)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.over = true
 	return Result{Up: s.meter.Up.Load(), Down: s.meter.Down.Load(), End: s.end, Err: s.err}
 }
 
@@ -251,10 +268,11 @@ func (p *pump) run() {
 		// dst takes nothing any more. It may still have sent something, which the
 		// other pump delivers until it meets the failure itself; if dst only stopped
 		// reading and sends on, the deadline ends that.
-		p.s.finish(p.dstBroke, dstErr)
+		p.s.broke(p.dstBroke, dstErr)
 		p.dst.SetReadDeadline(time.Now().Add(drain))
 	case srcErr != io.EOF:
-		p.s.sideBroke(p.srcBroke, srcErr)
+		p.s.broke(p.srcBroke, srcErr)
+		p.s.reset()
 	}
 }
 

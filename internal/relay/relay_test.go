@@ -154,6 +154,25 @@ func TestResetCodes(t *testing.T) {
 	}
 }
 
+// A flow that is only being drained is cut as fast as any other.
+func TestWithdrawnWhileDraining(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up, down := newFake(), newFake()
+		up.writeErr = syscall.EPIPE
+		down.feed([]byte("x"), nil)
+		ctx, cancel := context.WithCancelCause(t.Context())
+		start := time.Now()
+		time.AfterFunc(time.Second, func() { cancel(&Cut{Code: 9}) })
+		r := Splice(ctx, down, up, Options{UpReset: 1})
+		if took := time.Since(start); took != time.Second || down.code() != 9 {
+			t.Errorf("cut after %v with code %d; want 1 s and 9", took, down.code())
+		}
+		if r.End != EndUpReset {
+			t.Errorf("end %v; want what came first, up_reset", r.End)
+		}
+	})
+}
+
 func TestIdleLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		down, up := newFake(), newFake()

@@ -522,3 +522,19 @@ func TestPairFollowsItsFiles(t *testing.T) {
 		}
 	})
 }
+
+// There is one way to write a service's name.
+func FuzzService(f *testing.F) {
+	f.Add("spiffe://corp.example/svc/gateway/eu1")
+	f.Add("spiffe://corp.example/svc/gate%77ay/eu1?#")
+	f.Fuzz(func(t *testing.T, s string) {
+		u, err := url.Parse(s)
+		if err != nil {
+			return
+		}
+		kind, name, err := tlsid.Service(&x509.Certificate{URIs: []*url.URL{u}}, domain)
+		if err == nil && u.String() != "spiffe://"+domain+"/svc/"+kind+"/"+name {
+			t.Errorf("%q names %s/%s", u, kind, name)
+		}
+	})
+}

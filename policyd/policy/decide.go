@@ -42,10 +42,7 @@ func (a Answer) Rule() string {
 // route. Someone without a live session is told to log in for targets that do
 // not exist, or the difference would tell which ones do.
 func (s *Set) Decide(in *Input) Answer {
-	in.site, in.until, in.peer = &s.site, 0, false
-	if in.Person != nil && in.Person.ExpiresIn != 0 {
-		in.lasts(in.Person.ExpiresIn)
-	}
+	in.prepare(&s.site)
 	var a Answer
 	if in.Request.Target.IsZero() {
 		a.Verdict = sallyport.VerdictAllow
@@ -58,10 +55,7 @@ func (s *Set) Decide(in *Input) Answer {
 		a.Verdict, a.rule = a.route.decide(in)
 		if a.route.hidden && a.Verdict != sallyport.VerdictAllow {
 			a = Answer{Verdict: nowhere(in)}
-			in.until, in.peer = 0, false
-			if in.Person != nil && in.Person.ExpiresIn != 0 {
-				in.lasts(in.Person.ExpiresIn)
-			}
+			in.prepare(&s.site) // what was looked at leaves no trace
 		}
 	}
 	a.ValidFor, a.DependsOnPeer = in.until, in.peer
@@ -165,7 +159,7 @@ func (s *Set) Each(in *Input, f func(Entry)) {
 	in.Request = &q
 	for _, r := range s.routes {
 		q.Target = sallyport.Target{Network: r.at.network, Host: r.at.host, Port: r.at.port}
-		in.site, in.until, in.peer = &s.site, 0, false
+		in.prepare(&s.site)
 		a := Answer{route: r}
 		a.Verdict, a.rule = r.decide(in)
 		if a.Verdict == sallyport.VerdictAllow || !r.hidden {

@@ -256,7 +256,7 @@ func (f *fact) lookup(in *Input) (got sallyport.Fact, left time.Duration, why st
 	if f.maxAge != 0 {
 		limit = min(limit, f.maxAge)
 	}
-	left = limit - FactAge(in.Person.Posture, got, in.Now)
+	left = limit - in.age(&got)
 	if left <= 0 {
 		return got, left, "unknown (too old)"
 	}
@@ -280,7 +280,7 @@ func (f *fact) found(in *Input) (string, time.Duration) {
 	got, left, why := f.lookup(in)
 	var age time.Duration
 	if got.Source != "" {
-		age = FactAge(in.Person.Posture, got, in.Now)
+		age = in.age(&got)
 	}
 	if left <= 0 {
 		return why, age
@@ -296,7 +296,7 @@ func (f *fact) note(in *Input, to *Inputs) {
 	if to.Facts == nil {
 		to.Facts = make(map[string]FactInput)
 	}
-	to.Facts[f.name] = FactInput{got.Value, got.Source, FactAge(in.Person.Posture, got, in.Now).Milliseconds()}
+	to.Facts[f.name] = FactInput{got.Value, got.Source, in.age(&got).Milliseconds()}
 }
 
 const noDevice = "unknown (this session has no device)"

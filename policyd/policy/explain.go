@@ -15,7 +15,7 @@ const maxReasons = 64
 // for those who ask "why", an allow is explained too: what made it true, and what
 // the other rules lacked. in must be as it was for a.
 func (s *Set) Reasons(in *Input, a Answer, all bool) []sallyport.Reason {
-	in.site = &s.site
+	in.prepare(&s.site)
 	switch {
 	case in.Person == nil && a.Verdict == sallyport.VerdictLogin:
 		return []sallyport.Reason{{

@@ -28,23 +28,35 @@ func TestGolden(t *testing.T) {
 		t.Fatalf("no golden files (%v)", err)
 	}
 	for _, file := range files {
-		t.Run(strings.TrimSuffix(filepath.Base(file), ".txtar"), func(t *testing.T) {
-			a, err := txtar.ParseFile(file)
-			if err != nil {
-				t.Fatal(err)
-			}
-			got := runGolden(t, section(a, "policy"), section(a, "ask"), section(a, "site"))
-			if *update {
-				setSection(a, "want", got)
-				if err := os.WriteFile(file, txtar.Format(a), 0o644); err != nil {
-					t.Fatal(err)
-				}
-				return
-			}
-			if diff := cmp.Diff(section(a, "want"), got); diff != "" {
-				t.Errorf("%s (-want +got):\n%s", file, diff)
-			}
-		})
+		t.Run(strings.TrimSuffix(filepath.Base(file), ".txtar"), func(t *testing.T) { golden(t, file) })
+	}
+}
+
+func TestCase_I2_unknownWords(t *testing.T)         { golden(t, "testdata/bad_unknown.txtar") }
+func TestCase_I4_separatorsInNames(t *testing.T)    { golden(t, "testdata/bad_names.txtar") }
+func TestCase_I4_namesCompareExactly(t *testing.T)  { golden(t, "testdata/list_operators.txtar") }
+func TestCase_I5_noImplicitConversion(t *testing.T) { golden(t, "testdata/bad_scalars.txtar") }
+func TestCase_I7_denyBeatsAllow(t *testing.T)       { golden(t, "testdata/deny_beats_allow.txtar") }
+func TestCase_I1_anchorsAndDuplicates(t *testing.T) {
+	golden(t, "testdata/bad_yaml.txtar")
+	golden(t, "testdata/bad_duplicates.txtar")
+}
+
+func golden(t *testing.T, file string) {
+	a, err := txtar.ParseFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := runGolden(t, section(a, "policy"), section(a, "ask"), section(a, "site"))
+	if *update {
+		setSection(a, "want", got)
+		if err := os.WriteFile(file, txtar.Format(a), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	if diff := cmp.Diff(section(a, "want"), got); diff != "" {
+		t.Errorf("%s (-want +got):\n%s", file, diff)
 	}
 }
 

@@ -20,9 +20,33 @@ type Input struct {
 	// Absent says in words why there is no Person: "session revoked".
 	Absent string
 
-	site  *Options      // of the Set that decides
-	until time.Duration // how long what was looked at stays as it is; 0: for ever
-	peer  bool          // the peer's address was looked at
+	site      *Options      // of the Set that decides
+	reportAge time.Duration // since the posture was received
+	signed    time.Time     // when the device signed it, by its clock
+	until     time.Duration // how long what was looked at stays as it is; 0: for ever
+	peer      bool          // the peer's address was looked at
+}
+
+// prepare readies in for a question to site.
+func (in *Input) prepare(site *Options) {
+	in.site, in.until, in.peer = site, 0, false
+	if in.Person == nil {
+		return
+	}
+	if p := in.Person.Posture; p != nil {
+		in.reportAge, in.signed = max(in.Now.Sub(p.Received), 0), time.UnixMilli(p.Sequence)
+	}
+	if in.Person.ExpiresIn != 0 {
+		in.lasts(in.Person.ExpiresIn)
+	}
+}
+
+// age is how old a fact of the person's posture is.
+func (in *Input) age(f *sallyport.Fact) time.Duration {
+	if f.At.IsZero() {
+		return in.reportAge
+	}
+	return in.reportAge + max(in.signed.Sub(f.At), 0)
 }
 
 // Person is a live session and the records behind it.
@@ -80,9 +104,7 @@ func (in *Input) lasts(d time.Duration) {
 // reading the fact and signing the report the device's own, whose error cancels
 // out; since then policyd's.
 func FactAge(p *sallyport.Posture, f sallyport.Fact, now time.Time) time.Duration {
-	age := max(now.Sub(p.Received), 0)
-	if !f.At.IsZero() {
-		age += max(time.UnixMilli(p.Sequence).Sub(f.At), 0)
-	}
-	return age
+	in := Input{Now: now, Person: &Person{Posture: p}}
+	in.prepare(nil)
+	return in.age(&f)
 }

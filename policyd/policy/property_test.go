@@ -109,7 +109,6 @@ func TestShortCircuitAgrees(t *testing.T) {
 		set, text := drawSet(t)
 		in := drawInput(t)
 		a := set.Decide(in)
-		in.site = &set.site
 		full := func(rules []rule) Value {
 			v := False
 			for i := range rules {

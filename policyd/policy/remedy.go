@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"maps"
 	"math/bits"
 	"slices"
 	"strings"
@@ -11,17 +12,18 @@ import (
 
 const (
 	maxAtoms   = 12      // facts that a search changes; more are left as they are
-	maxTrials  = 1 << 14 // decisions that a search may cost, about 2 ms
+	maxTrials  = 1 << 14 // decisions that a search may cost, some milliseconds
 	maxAnswers = 8
 )
 
 // Remedies returns the smallest sets of changes to the caller's own device or
 // session that would turn the answer a to in into an allow. Each set is minimal:
-// no part of it would do. It is exact for policies that look at up to 12 facts.
+// no part of it would do. For policies that look at up to maxAtoms facts every one
+// is found, as long as maxTrials decisions suffice.
 // What other people's records or the directory would have to say is never part
 // of it.
 func (s *Set) Remedies(in *Input, a Answer) [][]sallyport.Remedy {
-	in.site = &s.site
+	in.prepare(&s.site)
 	switch {
 	case a.Verdict == sallyport.VerdictLogin:
 		return [][]sallyport.Remedy{{{Condition: "session", Want: "live", Hint: "run: agent login"}}}
@@ -52,6 +54,7 @@ type search struct {
 	posture sallyport.Posture
 	atoms   []atom
 	trials  int
+	done    []sallyport.Remedy // of the set that is being tried
 	found   [][]sallyport.Remedy
 }
 
@@ -61,6 +64,7 @@ func (s *Set) newSearch(in *Input, r *route) *search {
 	h.posture = reportedNow(in)
 	person.Posture = &h.posture
 	h.in.Person = &person
+	h.in.prepare(&s.site)
 	r.each(func(c criterion) {
 		if f, ok := c.(*fact); ok {
 			h.add(f)
@@ -164,6 +168,9 @@ func (m *matcher) values() []any {
 // run tries all sets of facts, small ones first, and skips those that contain
 // one that was found.
 func (h *search) run() {
+	if !h.couldAllow(1<<len(h.atoms) - 1) {
+		return
+	}
 	sets := make([]uint, 0, 1<<len(h.atoms))
 	for set := uint(1); set < 1<<len(h.atoms); set++ {
 		sets = append(sets, set)
@@ -171,11 +178,11 @@ func (h *search) run() {
 	slices.SortStableFunc(sets, func(a, b uint) int { return bits.OnesCount(a) - bits.OnesCount(b) })
 	var minimal []uint
 	for _, set := range sets {
-		if slices.ContainsFunc(minimal, func(m uint) bool { return m&set == m }) {
+		if slices.ContainsFunc(minimal, func(m uint) bool { return m&set == m }) || !h.couldAllow(set) {
 			continue
 		}
 		before := len(h.found)
-		h.try(set, nil)
+		h.try(set)
 		if len(h.found) > before {
 			minimal = append(minimal, set)
 		}
@@ -185,12 +192,30 @@ func (h *search) run() {
 	}
 }
 
+// couldAllow reports whether some values of the facts in set may allow: with
+// those facts unknown, nothing else settles the answer.
+func (h *search) couldAllow(set uint) bool {
+	h.trials++
+	saved := make(map[string]sallyport.Fact, maxAtoms)
+	for ; set != 0; set &= set - 1 {
+		name := h.atoms[bits.TrailingZeros(set)].name
+		if f, ok := h.posture.Facts[name]; ok {
+			saved[name] = f
+			delete(h.posture.Facts, name)
+		}
+	}
+	denied, _ := strongest(h.route.policy.deny, &h.in)
+	allowed, _ := strongest(h.route.policy.allow, &h.in)
+	maps.Copy(h.posture.Facts, saved)
+	return denied != True && allowed != False
+}
+
 // try gives the facts of set all their values, one after the other.
-func (h *search) try(set uint, done []sallyport.Remedy) {
+func (h *search) try(set uint) {
 	if set == 0 {
 		h.trials++
-		if v, _ := h.route.decide(&h.in); v == sallyport.VerdictAllow && !h.isKnown(done) {
-			h.found = append(h.found, slices.Clone(done))
+		if v, _ := h.route.decide(&h.in); v == sallyport.VerdictAllow && !h.isKnown(h.done) {
+			h.found = append(h.found, slices.Clone(h.done))
 		}
 		return
 	}
@@ -201,7 +226,9 @@ func (h *search) try(set uint, done []sallyport.Remedy) {
 			break
 		}
 		h.posture.Facts[a.name] = c.fact
-		h.try(set&(set-1), append(done, c.remedy))
+		h.done = append(h.done, c.remedy)
+		h.try(set & (set - 1))
+		h.done = h.done[:len(h.done)-1]
 	}
 	delete(h.posture.Facts, a.name)
 	if had {

@@ -222,3 +222,55 @@ func TestTransportErrorsAreOurs(t *testing.T) {
 		}
 	}
 }
+
+// Whatever arrives, it is an error or a value that survives the way back, and it
+// allows only if it says so in the one way there is.
+func FuzzDecision(f *testing.F) {
+	for _, d := range []sallyport.Decision{{}, {Verdict: sallyport.VerdictAllow, Upstream: sallyport.Upstream{Port: 1}}} {
+		b, err := proto.Marshal(decisionToWire(d))
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Add([]byte{0x10, 0x81, 0x80, 0x80, 0x80, 0x10}) // verdict 2^32+1
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var m pb.Decision
+		if proto.Unmarshal(b, &m) != nil {
+			return
+		}
+		d, err := decisionFromWire(&m)
+		if err != nil {
+			return
+		}
+		if d.Allowed() != (m.GetVerdict() == pb.Decision_ALLOW) {
+			t.Errorf("verdict %d is read as %v", m.GetVerdict(), d.Verdict)
+		}
+		again, err := decisionFromWire(decisionToWire(d))
+		if err != nil || !reflect.DeepEqual(d, again) && cmp.Diff(d, again, cmpopts.EquateEmpty()) != "" {
+			t.Errorf("got %+v, %v; want %+v", again, err, d)
+		}
+	})
+}
+
+func FuzzRequest(f *testing.F) {
+	b, err := proto.Marshal(requestToWire(sallyport.Request{Session: "s", Peer: netip.MustParseAddrPort("[fe80::1%eth0]:1")}))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var m pb.Request
+		if proto.Unmarshal(b, &m) != nil {
+			return
+		}
+		q, err := requestFromWire(&m)
+		if err != nil {
+			return
+		}
+		again, err := requestFromWire(requestToWire(q))
+		if err != nil || q.Peer != again.Peer || q.Target != again.Target || q.Session != again.Session {
+			t.Errorf("got %+v, %v; want %+v", again, err, q)
+		}
+	})
+}

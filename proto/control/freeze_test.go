@@ -27,9 +27,14 @@ import (
 const (
 	childDir  = "SALLYPORT_TEST_CHILD"  // directory with its certificates
 	childAddr = "SALLYPORT_TEST_SERVER" // set: be a client of this address
+	childSock = "SALLYPORT_TEST_SOCKET" // set: say whether this unix socket answers
 )
 
 func TestMain(m *testing.M) {
+	if path := os.Getenv(childSock); path != "" {
+		fmt.Println(childAsks(path))
+		return
+	}
 	if dir := os.Getenv(childDir); dir != "" {
 		if err := child(dir, os.Getenv(childAddr)); err != nil {
 			fmt.Fprintln(os.Stderr, err)
@@ -88,6 +93,18 @@ func childHolds(ctx context.Context, server string, conf *tls.Config) error {
 	})
 }
 
+func childAsks(path string) string {
+	c, err := control.Dial([]string{"unix:" + path}, nil, logging.Discard())
+	if err != nil {
+		return err.Error()
+	}
+	defer c.Close()
+	if _, err := c.Records().Get(context.Background(), sallyport.KindUser, "nobody"); !errors.Is(err, sallyport.ErrNotFound) {
+		return sallyport.CodeOf(err)
+	}
+	return "answered"
+}
+
 // process is a child.
 type process struct {
 	cmd   *exec.Cmd
@@ -140,6 +157,55 @@ func (p *process) signal(t *testing.T, s syscall.Signal) {
 	t.Helper()
 	if err := p.cmd.Process.Signal(s); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// The socket's own mode is opened wide, so that only the peer's uid protects it.
+// Another uid needs root; the rule itself is TestTrustedUID's.
+func TestCase_R1_UnixSocketIsForItsOwner(t *testing.T) {
+	dir, err := os.MkdirTemp("", "c")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	path, exe := filepath.Join(dir, "cached.sock"), filepath.Join(dir, "test")
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	serve(t, ln, nil, all(newSite()))
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	binary, err := os.ReadFile(self)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(exe, binary, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, open := range []string{dir, path} {
+		if err := os.Chmod(open, 0o777); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := map[uint32]string{uint32(os.Geteuid()): "answered"}
+	if os.Geteuid() == 0 {
+		want[65534] = control.CodeUnavailable
+	}
+	for uid, want := range want {
+		cmd := exec.Command(exe)
+		cmd.Dir = "/"
+		cmd.Env = append(os.Environ(), childSock+"="+path)
+		cmd.SysProcAttr = &syscall.SysProcAttr{}
+		if int(uid) != os.Geteuid() {
+			cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uid, Gid: uid}
+		}
+		out, err := cmd.CombinedOutput()
+		if got := strings.TrimSpace(string(out)); err != nil || got != want {
+			t.Errorf("uid %d: got %q, %v; want %q", uid, got, err, want)
+		}
 	}
 }
 

@@ -1,3 +1,5 @@
+//go:build !linux
+
 package h3
 
 import "net"

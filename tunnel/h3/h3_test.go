@@ -12,6 +12,7 @@ import (
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
 
+	"sallyport"
 	"sallyport/internal/logging"
 	"sallyport/tunnel"
 	"sallyport/tunnel/h3"
@@ -69,4 +70,14 @@ func handshake(ctx context.Context, addr string, conf *tls.Config) error {
 		return fmt.Errorf("answer %s", resp.Status)
 	}
 	return nil
+}
+
+func BenchmarkDownload(b *testing.B) { tunneltest.BenchmarkDownload(b, carrier) }
+func BenchmarkUpload(b *testing.B)   { tunneltest.BenchmarkUpload(b, carrier) }
+func BenchmarkOpen(b *testing.B)     { tunneltest.BenchmarkOpen(b, carrier) }
+func BenchmarkIdle(b *testing.B)     { tunneltest.BenchmarkIdle(b, carrier) }
+func BenchmarkPingPong(b *testing.B) { tunneltest.BenchmarkPingPong(b, carrier) }
+
+func target(host string) sallyport.Target {
+	return sallyport.Target{Network: sallyport.TCP, Host: host, Port: 1}
 }

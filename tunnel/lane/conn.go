@@ -7,7 +7,6 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"sallyport/tunnel"
@@ -71,8 +70,13 @@ func (c *conn) readError(err error) error {
 // end of the TCP stream without close_notify is one: whoever truncates must not
 // pass for whoever finished (RFC 8446, section 6.1).
 func resetError(err error) error {
-	if err == io.ErrUnexpectedEOF || errors.Is(err, errCut) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) {
+	if err == io.ErrUnexpectedEOF || errors.Is(err, errCut) {
 		return &tunnel.ResetError{}
+	}
+	for _, r := range resets {
+		if errors.Is(err, r) {
+			return &tunnel.ResetError{}
+		}
 	}
 	return err
 }

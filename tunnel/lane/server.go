@@ -68,7 +68,8 @@ func NewServer(cfg ServerConfig) *Server {
 }
 
 // ServeConn serves one connection and returns when it is over; it closes c. ctx
-// ending closes it at once.
+// ending closes it at once. c is a tls.Server over a Socket, or a forged end of
+// the TCP stream passes for the end of a flow.
 func (s *Server) ServeConn(ctx context.Context, c *tls.Conn) {
 	defer c.Close()
 	shake, cancel := context.WithTimeout(ctx, tunnel.HandshakeTimeout)

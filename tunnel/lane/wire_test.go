@@ -313,9 +313,11 @@ func target(host string) sallyport.Target {
 	return sallyport.Target{Network: sallyport.TCP, Host: host, Port: 1}
 }
 
-func BenchmarkThroughput(b *testing.B) { tunneltest.BenchmarkThroughput(b, carrier) }
-func BenchmarkOpen(b *testing.B)       { tunneltest.BenchmarkOpen(b, carrier) }
-func BenchmarkPingPong(b *testing.B)   { tunneltest.BenchmarkPingPong(b, carrier) }
+func BenchmarkDownload(b *testing.B) { tunneltest.BenchmarkDownload(b, carrier) }
+func BenchmarkUpload(b *testing.B)   { tunneltest.BenchmarkUpload(b, carrier) }
+func BenchmarkOpen(b *testing.B)     { tunneltest.BenchmarkOpen(b, carrier) }
+func BenchmarkIdle(b *testing.B)     { tunneltest.BenchmarkIdle(b, carrier) }
+func BenchmarkPingPong(b *testing.B) { tunneltest.BenchmarkPingPong(b, carrier) }
 
 func FuzzRequest(f *testing.F) {
 	w := newWire(f)

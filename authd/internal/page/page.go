@@ -38,6 +38,7 @@ type Page struct {
 	// Note is small print under everything.
 	Note string
 	Form *Form
+	Link *Link
 	// Tone is "", "good" or "bad".
 	Tone string
 }
@@ -47,6 +48,9 @@ type Fact struct {
 	Name, Value string
 	Code        bool
 }
+
+// Link leads to another page of the same origin.
+type Link struct{ Label, Path string }
 
 // Form posts to Action on the same origin.
 type Form struct {

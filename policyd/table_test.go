@@ -1,0 +1,143 @@
+package policyd
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"strings"
+	"testing"
+	"time"
+
+	"sallyport"
+
+	"pgregory.net/rapid"
+)
+
+// A table behaves as a map, and no edit ever shows in the table it came from.
+func TestTableIsAnImmutableMap(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		var tables []table[int]
+		var models []map[string]int
+		now, model := table[int]{}, map[string]int{}
+		for range rapid.IntRange(1, 8).Draw(t, "edits") {
+			d := now.edit()
+			model = maps.Clone(model)
+			for range rapid.IntRange(0, 6).Draw(t, "ops") {
+				key := rapid.SampledFrom([]string{"a", "b", "c", "d", "e"}).Draw(t, "key")
+				if rapid.Bool().Draw(t, "delete") {
+					d.delete(key)
+					delete(model, key)
+				} else {
+					v := rapid.Int().Draw(t, "v")
+					d.set(key, v)
+					model[key] = v
+				}
+			}
+			now = d.table
+			tables, models = append(tables, now), append(models, model)
+		}
+		for i := range tables {
+			got := map[string]int{}
+			for k, v := range tables[i].all() {
+				got[k] = v
+			}
+			if !maps.Equal(got, models[i]) {
+				t.Fatalf("after edit %d: got %v; want %v", i, got, models[i])
+			}
+			for _, key := range []string{"a", "b", "c", "d", "e"} {
+				v, ok := tables[i].get(key)
+				if w, has := models[i][key]; v != w || ok != has {
+					t.Fatalf("after edit %d: %s is %d, %v", i, key, v, ok)
+				}
+			}
+		}
+	})
+}
+
+func TestConfigValidate(t *testing.T) {
+	if faults := (Config{}).Validate(); faults != nil {
+		t.Errorf("the zero Config: %v", faults)
+	}
+	c := Config{
+		Listen: "8445", MaxStale: time.Second, DecisionTimeout: -1, PostureTTL: time.Millisecond, PostureSources: []string{"os", "me"},
+	}
+	var keys []string
+	for _, f := range c.Validate() {
+		keys = append(keys, f.Key)
+	}
+	if got, want := strings.Join(keys, " "), "listen max_stale decision_timeout posture_ttl posture_sources[1]"; got != want {
+		t.Errorf("got %s; want %s", got, want)
+	}
+	if _, err := New(c, Deps{}); err == nil {
+		t.Error("New takes a bad Config")
+	}
+	if _, err := New(Config{}, Deps{}); err == nil {
+		t.Error("New takes no Records")
+	}
+}
+
+func TestClipKeepsCharactersWhole(t *testing.T) {
+	for _, tt := range []struct{ in, want string }{{"abc", "abc"}, {"abcdefghij", "abcdefghij"}, {"abcdefghijk", "abcdefg…"}, {"abcdefü-ghijk", "abcdef…"}} {
+		if got := clip(tt.in, 10); got != tt.want {
+			t.Errorf("%q: got %q; want %q", tt.in, got, tt.want)
+		}
+	}
+}
+
+// big is a snapshot of n sessions, each with its login.
+func big(n int) *snapshot {
+	d := (&snapshot{epoch: "e", revision: 1}).edit(Config{}, time.Now())
+	now := time.Now()
+	for i := range n {
+		for _, op := range []sallyport.Op{
+			sallyport.Put(sallyport.KindLogin, fmt.Sprint("l", i), sallyport.Login{ID: sallyport.LoginID(fmt.Sprint("l", i)), User: "u1", Expires: now.Add(time.Hour)}),
+			sallyport.Put(sallyport.KindSession, fmt.Sprint("s", i), sallyport.Session{
+				ID: sallyport.SessionID(fmt.Sprint("s", i)), Login: sallyport.LoginID(fmt.Sprint("l", i)), User: "u1", Expires: now.Add(time.Hour),
+			}),
+		} {
+			d.apply(sallyport.Record{Kind: op.Kind, ID: op.ID, Payload: op.Payload, Revision: 1})
+		}
+	}
+	return d.finish()
+}
+
+// One change must not copy all records.
+func BenchmarkChange(b *testing.B) {
+	for _, n := range []int{1_000, 100_000} {
+		b.Run(fmt.Sprintf("sessions=%d", n), func(b *testing.B) {
+			s := big(n)
+			r := sallyport.Record{Kind: sallyport.KindSession, ID: "s7", Deleted: true, Revision: 2}
+			b.ReportAllocs()
+			for b.Loop() {
+				d := s.edit(Config{}, time.Now())
+				d.apply(r)
+				d.finish()
+			}
+		})
+	}
+}
+
+func BenchmarkAuthorize(b *testing.B) {
+	s := &Server{audit: &nowhere{}, done: make(chan struct{}), advance: make(chan struct{}), start: time.Now()}
+	s.cfg = Config{}.withDefaults()
+	s.revoked.Store(&overrides{})
+	d := (&snapshot{epoch: "e", revision: 1}).edit(s.cfg, time.Now())
+	for _, r := range liveRecords(time.Now()) {
+		d.apply(r)
+	}
+	s.snap.Store(d.finish())
+	q := []sallyport.Request{question("s1", db)}
+	b.ReportAllocs()
+	for b.Loop() {
+		s.confirm()
+		ds, err := s.Authorize(b.Context(), q)
+		if err != nil || !ds[0].Allowed() {
+			b.Fatal(ds, err)
+		}
+	}
+}
+
+// nowhere is an audit log that costs nothing.
+type nowhere struct{}
+
+func (*nowhere) Append(context.Context, sallyport.AuditRecord) error { return nil }
