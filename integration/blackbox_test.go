@@ -27,6 +27,12 @@ type world struct {
 
 func newWorld(t *testing.T, mode stack.Mode) *world {
 	t.Helper()
+	return newWorldWith(t, mode, func(*stack.Config) {})
+}
+
+// newWorldWith is newWorld with a changed configuration.
+func newWorldWith(t *testing.T, mode stack.Mode, edit func(*stack.Config)) *world {
+	t.Helper()
 	w := &world{
 		agents: map[string]*stack.Agent{},
 		echo:   stack.EchoServer(t), payroll: stack.EchoServer(t),
@@ -38,7 +44,7 @@ func newWorld(t *testing.T, mode stack.Mode) *world {
 			}
 		}),
 	}
-	w.Stack = stack.Start(t, mode, stack.Config{
+	cfg := stack.Config{
 		Users: []stack.User{
 			{ID: "alice", Email: "alice@test.example", Groups: []string{"dba"}},
 			{ID: "bob", Email: "bob@test.example"},
@@ -49,7 +55,9 @@ func newWorld(t *testing.T, mode stack.Mode) *world {
 			{From: "tcp://payroll.internal:443", To: "tcp://" + w.payroll.Addr, Policy: stack.Allow("finance", stack.Anyone(), stack.Fact("firewall", true))},
 			{From: "tcp://secret.internal:443", To: "tcp://" + w.payroll.Addr, Policy: stack.Allow("none", stack.Group("nobody")), Hidden: true},
 		},
-	})
+	}
+	edit(&cfg)
+	w.Stack = stack.Start(t, mode, cfg)
 	return w
 }
 
@@ -284,6 +292,10 @@ func cut(t *testing.T, a *stack.Agent, change func(), why string, code int) {
 // on a machine with two cores (saving a file, starting a program).
 const bound = 2 * time.Second
 
+// recovery is how long the others may take to find a daemon that is back (M1: 2 s),
+// and what starting programs takes on a machine with two cores.
+const recovery = 5 * time.Second
+
 func testCutByPosture(t *testing.T, w *world) {
 	a := w.loggedIn(t, "alice")
 	cut(t, a, func() { a.SetFacts("disk_encrypted: false\n") }, "disk_encrypted", stack.ExitRevoked)
@@ -368,7 +380,12 @@ func testRestart(t *testing.T, w *world) {
 	}
 	for i, name := range daemons {
 		w.Restart(name, []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL}[i%2])
-		if err := stack.Echo(a.Connect("db.internal:5432").Dial(t), "after "+name); err != nil {
+		var tun *stack.Tunnel
+		stack.Eventually(t, recovery, func() (err error) {
+			tun, err = a.TryConnect("db.internal:5432")
+			return err
+		})
+		if err := stack.Echo(tun.Dial(t), "after "+name); err != nil {
 			t.Errorf("after a restart of %s: %v", name, err)
 		}
 	}
