@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os/signal"
 	"slices"
 	"strings"
@@ -93,7 +94,7 @@ func verifyAll(ctx context.Context, f *config.File, daemons []string, named bool
 		report, err := audit.Verify(layout.AuditDir(daemon), pub, heads[daemon]...)
 		var bad *audit.Fault
 		switch {
-		case errors.Is(err, audit.ErrNoChain) && !named:
+		case (errors.Is(err, audit.ErrNoChain) || errors.Is(err, fs.ErrNotExist)) && !named:
 			continue
 		case errors.As(err, &bad):
 			errs = append(errs, run.Failure(fmt.Sprintf("%s: the audit chain does not hold", daemon), "compare with a backup; whoever changed it had access to "+layout.AuditDir(daemon), bad))

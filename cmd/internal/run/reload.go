@@ -27,14 +27,15 @@ func (p *Process) Stale() error {
 }
 
 // watch takes changes of the file over, on SIGHUP and when it changes on disk.
-func (p *Process) watch(file string) func(context.Context) error {
+// seen is the stamp of what the process was started with.
+func (p *Process) watch(file, seen string) func(context.Context) error {
 	return func(ctx context.Context) error {
 		hup := make(chan os.Signal, 1)
 		signal.Notify(hup, syscall.SIGHUP)
 		defer signal.Stop(hup)
 		tick := time.NewTicker(pollEvery)
 		defer tick.Stop()
-		running, seen := p.Config, stamp(file)
+		running := p.Config
 		for {
 			select {
 			case <-ctx.Done():

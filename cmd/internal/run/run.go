@@ -77,6 +77,7 @@ func ConfigFlag(cmd *cobra.Command, file *string) {
 // Serve loads the configuration, starts the daemon and returns when it is over:
 // nil after SIGINT or SIGTERM or the end of ctx.
 func Serve(ctx context.Context, name, file string, stdout, stderr io.Writer, start Start) error {
+	loaded := stamp(file) // before it is read: a change meanwhile is then noticed
 	cfg, err := config.Load(file, name)
 	if err != nil {
 		return err
@@ -96,7 +97,7 @@ func Serve(ctx context.Context, name, file string, stdout, stderr io.Writer, sta
 	p.group, p.ctx = errgroup.WithContext(ctx)
 	err = start(p)
 	if err == nil {
-		p.Go("reload", p.watch(file))
+		p.Go("reload", p.watch(file, loaded))
 		err = p.group.Wait()
 	} else {
 		p.abandon()
