@@ -420,7 +420,7 @@ func TestProcesses(t *testing.T) {
 	defer cancel()
 	done := make(chan error, 1)
 	go func() {
-		done <- a.Publish(ctx, "connect", func() []agent.Local { return []agent.Local{{Target: db, Local: "127.0.0.1:5432"}} })
+		done <- a.Publish(ctx, "connect", nil, func() []agent.Local { return []agent.Local{{Target: db, Local: "127.0.0.1:5432"}} })
 	}()
 	other := p.new()
 	var list []agent.Process

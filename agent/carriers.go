@@ -7,6 +7,7 @@ import (
 	"net/url"
 	"time"
 
+	"sallyport/internal/localhost"
 	"sallyport/tunnel"
 	"sallyport/tunnel/h3"
 	"sallyport/tunnel/lane"
@@ -96,7 +97,7 @@ func networkTo(gateway *url.URL) string {
 		port = "443"
 	}
 	host := gateway.Hostname()
-	if tunnel.IsLocalhost(host) {
+	if localhost.Is(host) {
 		host = "127.0.0.1"
 	}
 	c, err := net.DialTimeout("udp", net.JoinHostPort(host, port), 2*time.Second)

@@ -43,9 +43,9 @@ type Local struct {
 
 const publishEvery = time.Second
 
-// Publish writes what locals returns into run/ now, and each second while it
-// changes, until ctx ends; then it removes the file.
-func (a *Agent) Publish(ctx context.Context, command string, locals func() []Local) error {
+// Publish writes what locals returns into run/ now, at each wake, and each second
+// while it changes, until ctx ends; then it removes the file.
+func (a *Agent) Publish(ctx context.Context, command string, wake <-chan struct{}, locals func() []Local) error {
 	run, err := a.state.Sub("run")
 	if err != nil {
 		return err
@@ -81,6 +81,7 @@ func (a *Agent) Publish(ctx context.Context, command string, locals func() []Loc
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-wake:
 		case <-tick.C:
 		}
 	}

@@ -152,27 +152,29 @@ func (w *withdrawal) dropRow(row *Row) {
 	w.ops = append(w.ops, sallyport.Op{Kind: k.kind, ID: k.id, Delete: true})
 }
 
-// device marks a device revoked, keeping every field that is not ours.
+// device marks a device revoked, keeping every field that is not ours. A record
+// that cannot be marked is deleted: absent means revoked, too.
 func (w *withdrawal) device(id string) error {
 	live, err := w.view.live(key{sallyport.KindDevice, id})
 	if err != nil || live == nil {
 		return err
 	}
-	fields := map[string]json.RawMessage{}
-	if err := json.Unmarshal(live.Payload, &fields); err != nil {
-		return fmt.Errorf("device %s: payload: %w", id, err)
+	op := sallyport.Op{Kind: sallyport.KindDevice, ID: id}
+	var fields map[string]json.RawMessage
+	if json.Unmarshal(live.Payload, &fields) != nil || fields == nil {
+		op.Delete = true
+		w.ops = append(w.ops, op)
+		return nil
 	}
 	if bytes.Equal(fields["revoked"], revokedTrue) {
 		return nil
 	}
 	fields["revoked"] = revokedTrue
-	payload, err := json.Marshal(fields)
-	if err != nil {
+	if op.Payload, err = json.Marshal(fields); err != nil {
 		return fmt.Errorf("device %s: payload: %w", id, err)
 	}
-	w.ops = append(w.ops, sallyport.Op{
-		Kind: sallyport.KindDevice, ID: id, Version: live.Version, Payload: payload, Expires: live.Expires,
-	})
+	op.Version, op.Expires = live.Version, live.Expires
+	w.ops = append(w.ops, op)
 	return nil
 }
 

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"sallyport"
+	"sallyport/internal/localhost"
 	"sallyport/proto/connect"
 )
 
@@ -89,18 +90,12 @@ func EndpointOf(g sallyport.GatewayInfo) (Endpoint, error) {
 	if len(e.Addresses) > 0 {
 		return e, nil
 	}
-	if IsLocalhost(host) {
-		e.Addresses = []string{net.JoinHostPort("127.0.0.1", port), net.JoinHostPort("::1", port)}
+	if localhost.Is(host) {
+		e.Addresses = localhost.Addresses(port)
 		return e, nil
 	}
 	e.Addresses = []string{net.JoinHostPort(host, port)}
 	return e, nil
-}
-
-// IsLocalhost reports whether name is localhost or lies under it.
-func IsLocalhost(name string) bool {
-	name = strings.TrimSuffix(strings.ToLower(name), ".")
-	return name == "localhost" || strings.HasSuffix(name, ".localhost")
 }
 
 // DialAny calls dial for each address in turn and returns the first success or

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"slices"
+	"strings"
 	"time"
 
 	"sallyport"
@@ -208,7 +209,7 @@ func (s *Site) listing(id sallyport.SessionID, all bool) sallyport.Listing {
 			l.Targets = append(l.Targets, sallyport.ListedTarget{From: from, Verdict: d.Verdict, Rule: d.Rule, Reasons: d.Reasons})
 		}
 	}
-	slices.SortFunc(l.Targets, func(a, b sallyport.ListedTarget) int { return len(a.From) - len(b.From) })
+	slices.SortFunc(l.Targets, func(a, b sallyport.ListedTarget) int { return strings.Compare(a.From, b.From) })
 	return l
 }
 

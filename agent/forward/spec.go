@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"os/user"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -44,16 +45,21 @@ func usage(format string, args ...any) *sallyport.Error {
 	return &sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: "usage.listen", Message: fmt.Sprintf(format, args...)}
 }
 
+// maxSocketPath is what sockaddr_un holds on the smallest of our systems, less
+// its zero byte.
+const maxSocketPath = 103
+
 // ParseSpec reads the value of --listen: ADDR:PORT, :PORT, PORT, unix:PATH or -.
 func ParseSpec(s string) (Spec, error) {
 	if s == "-" {
 		return Spec{Network: "stdio"}, nil
 	}
 	if path, ok := strings.CutPrefix(s, "unix:"); ok {
-		if path == "" || strings.ContainsRune(path, 0) || len(path) > 100 {
-			return Spec{}, usage("listen address %.120q: want unix:PATH with a path of 1 to 100 bytes", s)
+		full, err := filepath.Abs(path) // other programs start elsewhere
+		if path == "" || err != nil || strings.ContainsRune(path, 0) || len(full) > maxSocketPath {
+			return Spec{}, usage("listen address %.120q: want unix:PATH with a path of 1 to %d bytes", s, maxSocketPath)
 		}
-		return Spec{Network: "unix", Path: path}, nil
+		return Spec{Network: "unix", Path: full}, nil
 	}
 	host, port := "", s
 	if strings.Contains(s, ":") {

@@ -23,7 +23,7 @@ import (
 
 	"sallyport"
 	"sallyport/agent/keys"
-	"sallyport/agent/resolve"
+	"sallyport/internal/localhost"
 	"sallyport/proto/connect"
 	wire "sallyport/proto/login"
 	"sallyport/proto/proof"
@@ -76,7 +76,7 @@ func NewClient(base *url.URL, ca string, key *keys.Key) (*Client, error) {
 		}
 	}
 	transport := &http.Transport{
-		Proxy: http.ProxyFromEnvironment, DialContext: resolve.Dial, TLSClientConfig: conf, ForceAttemptHTTP2: true,
+		Proxy: http.ProxyFromEnvironment, DialContext: localhost.Dial(&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 15 * time.Second}), TLSClientConfig: conf, ForceAttemptHTTP2: true,
 		TLSHandshakeTimeout: 10 * time.Second, ResponseHeaderTimeout: requestTimeout,
 		MaxIdleConns: 2, IdleConnTimeout: 30 * time.Second, MaxResponseHeaderBytes: 64 << 10,
 	}

@@ -12,6 +12,7 @@ var revokeCases = []recordsCase{
 	{"a login and its sessions", revokeLogin},
 	{"a user and all logins", revokeUser},
 	{"a device and what came from it", revokeDevice},
+	{"a device whose record is odd", revokeOddDevice},
 	{"several at once, in one batch", revokeSeveral},
 	{"nobody", revokeNobody},
 	{"what cannot be revoked", revokeRefused},
@@ -112,6 +113,18 @@ func revokeDevice(t *testing.T, c *client) {
 		t.Errorf("got %s, %v; want fields of newer versions kept", r.Payload, err)
 	}
 	c.revoke(0, sallyport.Subject{Kind: sallyport.SubjectDevice, ID: "laptop"})
+}
+
+func revokeOddDevice(t *testing.T, c *client) {
+	for _, payload := range []string{"null", "3", ""} {
+		c.apply(
+			sallyport.Op{Kind: sallyport.KindDevice, ID: "odd", Payload: []byte(payload)},
+			session("s", "l", "alice", "odd"))
+		c.revoke(1, sallyport.Subject{Kind: sallyport.SubjectDevice, ID: "odd"})
+		if c.has(sallyport.KindDevice, "odd") || c.has(sallyport.KindSession, "s") {
+			t.Errorf("payload %q: the device or its session is still there", payload)
+		}
+	}
 }
 
 func revokeSeveral(t *testing.T, c *client) {

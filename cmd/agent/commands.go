@@ -347,6 +347,10 @@ func unknownCommand(root *cobra.Command, word string) error {
 // badFlag adds the nearest flag to pflag's words.
 func badFlag(c *cobra.Command, err error) error {
 	e := usage("flag", "%s: %s", c.Name(), err)
+	if c.Name() == "ssh" {
+		e.Hint = "the host comes first, ssh's own arguments after it"
+		return e
+	}
 	var unknown *pflag.NotExistError
 	if errors.As(err, &unknown) {
 		c.Flags().VisitAll(func(f *pflag.Flag) {

@@ -142,11 +142,19 @@ func (s *shell) connectPorts(ctx context.Context, a *agent.Agent, all []wanted) 
 		opens []*open
 		errs  []error
 	)
+	wake := make(chan struct{}, 1)
+	changed := func() {
+		select {
+		case wake <- struct{}{}:
+		default:
+		}
+	}
 	failed := func(err error) {
 		if err == nil || errors.Is(err, context.Canceled) {
 			return
 		}
 		s.explain(err)
+		s.errorDocument(err)
 		mu.Lock()
 		defer mu.Unlock()
 		errs = append(errs, err)
@@ -160,6 +168,7 @@ func (s *shell) connectPorts(ctx context.Context, a *agent.Agent, all []wanted) 
 			failed(err)
 			continue
 		}
+		o.forward.Changed = changed
 		mu.Lock()
 		opens = append(opens, o)
 		mu.Unlock()
@@ -168,7 +177,7 @@ func (s *shell) connectPorts(ctx context.Context, a *agent.Agent, all []wanted) 
 	}
 	var publishing sync.WaitGroup
 	publishing.Go(func() {
-		err := a.Publish(serving, "connect", func() []agent.Local {
+		err := a.Publish(serving, "connect", wake, func() []agent.Local {
 			mu.Lock()
 			defer mu.Unlock()
 			return locals(opens)
@@ -298,6 +307,7 @@ func (s *shell) admit(ctx context.Context, a *agent.Agent, o *open, mu *sync.Mut
 		o.rule = "-"
 	}
 	mu.Unlock()
+	o.forward.Changed()
 	return s.announce(a, o, d)
 }
 

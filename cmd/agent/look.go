@@ -71,7 +71,7 @@ func ruleOrReason(t sallyport.ListedTarget) string {
 	for _, r := range t.Reasons {
 		words = append(words, connect.Printable(r.Condition+" is "+r.Found, 200))
 	}
-	return t.Verdict.String() + ": " + strings.Join(words, ", ")
+	return refusals[t.Verdict] + ": " + strings.Join(words, ", ")
 }
 
 func (s *shell) filter(targets []sallyport.ListedTarget, query string) []sallyport.ListedTarget {
@@ -163,7 +163,7 @@ func untilClock(d sallyport.Decision) string {
 	if d.ValidFor <= 0 {
 		return ""
 	}
-	return " until " + until(time.Now().Add(d.ValidFor))
+	return " until " + clock(time.Now().Add(d.ValidFor))
 }
 
 // unknownTarget is the error for a target that the policy does not know, or does

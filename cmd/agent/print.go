@@ -82,9 +82,9 @@ func size(n int64) string {
 	return ""
 }
 
-// until is the wall clock time at which something ends: 18:40, or a date if that
+// clock is the wall clock time at which something ends: 18:40, or a date if that
 // is not today.
-func until(t time.Time) string {
+func clock(t time.Time) string {
 	t = t.Local()
 	if time.Until(t) < 20*time.Hour {
 		return t.Format("15:04")

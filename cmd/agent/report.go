@@ -46,9 +46,7 @@ func (s *shell) report(cmd *cobra.Command, err error) int {
 	if strings.HasPrefix(sallyport.CodeOf(err), "usage.") && cmd != nil {
 		s.say("usage: %s", cmd.UseLine())
 	}
-	if s.o.output != "text" && s.o.output != "" {
-		s.errorDocument(err)
-	}
+	s.errorDocument(err)
 	return int(sallyport.OutcomeOf(err))
 }
 
@@ -107,8 +105,11 @@ func headline(err error, e *sallyport.Error, target string) string {
 	return connect.Printable(text, 600)
 }
 
-// errorDocument is the same for machines, on stdout.
+// errorDocument says the same to machines that asked for JSON, on stdout.
 func (s *shell) errorDocument(err error) {
+	if s.o.output != formatJSON && s.o.output != formatJSONL {
+		return
+	}
 	doc := struct {
 		Schema   string              `json:"schema"`
 		Exit     int                 `json:"exit"`
@@ -121,6 +122,8 @@ func (s *shell) errorDocument(err error) {
 	if errors.As(err, &e) {
 		doc.Code, doc.Message, doc.Hint, doc.Decision = e.Code, headline(err, e, ""), e.Hint, e.Decision
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	json.NewEncoder(s.stdout).Encode(doc)
 }
 

@@ -13,12 +13,16 @@ import (
 
 	"sallyport"
 	"sallyport/agent"
+	"sallyport/agent/login"
 	"sallyport/agent/posture"
 )
 
 func runLogin(s *shell, ctx context.Context, args []string) error {
 	var r agent.LoginRequest
 	if len(args) > 0 {
+		if _, err := login.ParseURL(args[0]); err != nil {
+			return err
+		}
 		r.Authd = args[0]
 	}
 	if s.o.ca != "" {
@@ -65,7 +69,7 @@ func (s *shell) postureFile() (string, error) {
 
 // loggedIn reports a session: a sentence for people, a document for machines.
 func (s *shell) loggedIn(schema, words string, p agent.Profile) error {
-	s.say("%s %s until %s", words, p.Person(), until(p.Ends))
+	s.say("%s %s until %s", words, p.Person(), clock(p.Ends))
 	if s.o.output == formatText {
 		return nil
 	}
@@ -174,7 +178,7 @@ func runRun(s *shell, ctx context.Context, _ []string) error {
 	s.o.patience = time.Minute
 	return s.online(ctx, func(ctx context.Context, a *agent.Agent) error {
 		publishing := make(chan error, 1)
-		go func() { publishing <- a.Publish(ctx, "run", func() []agent.Local { return nil }) }()
+		go func() { publishing <- a.Publish(ctx, "run", nil, func() []agent.Local { return nil }) }()
 		err := a.Keep(ctx, func(l agent.Link) {
 			s.say("connected to %s over %s; session renewed and posture reported until Ctrl-C", l.Gateway, l.Carrier)
 		})

@@ -17,6 +17,8 @@ import (
 	"strings"
 	"time"
 
+	"sallyport/internal/localhost"
+
 	"golang.org/x/net/html"
 )
 
@@ -44,7 +46,7 @@ func New(conf *tls.Config) *Browser {
 		Transport: &http.Transport{
 			TLSClientConfig:   conf,
 			ForceAttemptHTTP2: true,
-			DialContext:       dialLocal,
+			DialContext:       localhost.Dial(&net.Dialer{}),
 		},
 	}}
 }
@@ -77,18 +79,6 @@ func navigate(req *http.Request, site string) {
 	req.Header.Set(fetchSite, site)
 	req.Header.Set(fetchMode, "navigate")
 	req.Header.Set(fetchDest, "document")
-}
-
-func dialLocal(ctx context.Context, network, addr string) (net.Conn, error) {
-	host, port, err := net.SplitHostPort(addr)
-	if err != nil {
-		return nil, err
-	}
-	if host == "localhost" || strings.HasSuffix(host, ".localhost") {
-		addr = net.JoinHostPort("127.0.0.1", port)
-	}
-	var d net.Dialer
-	return d.DialContext(ctx, network, addr)
 }
 
 // Page is what the browser shows in the end.

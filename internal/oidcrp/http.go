@@ -8,8 +8,9 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"strings"
 	"time"
+
+	"sallyport/internal/localhost"
 )
 
 // Bounds on everything the provider answers. The libraries read whole bodies.
@@ -28,7 +29,7 @@ func newHTTPClient(transport http.RoundTripper, conf *tls.Config) *http.Client {
 		conf.MinVersion = tls.VersionTLS12
 		transport = &http.Transport{
 			Proxy:                  http.ProxyFromEnvironment,
-			DialContext:            dialLocalhost(&net.Dialer{Timeout: httpTimeout}),
+			DialContext:            localhost.Dial(&net.Dialer{Timeout: httpTimeout}),
 			TLSClientConfig:        conf,
 			TLSHandshakeTimeout:    httpTimeout,
 			MaxResponseHeaderBytes: maxHeaders,
@@ -44,30 +45,9 @@ func newHTTPClient(transport http.RoundTripper, conf *tls.Config) *http.Client {
 	}
 }
 
-// dialLocalhost takes every name under localhost for the loopback address (RFC
-// 6761, section 6.3), which Go's resolver does not.
-func dialLocalhost(d *net.Dialer) func(context.Context, string, string) (net.Conn, error) {
-	return func(ctx context.Context, network, addr string) (net.Conn, error) {
-		host, port, err := net.SplitHostPort(addr)
-		if err != nil || !isLocalhost(host) {
-			return d.DialContext(ctx, network, addr)
-		}
-		conn, err := d.DialContext(ctx, network, net.JoinHostPort("127.0.0.1", port))
-		if err != nil {
-			return d.DialContext(ctx, network, net.JoinHostPort("::1", port))
-		}
-		return conn, nil
-	}
-}
-
-func isLocalhost(host string) bool {
-	host = strings.ToLower(strings.TrimSuffix(host, "."))
-	return host == "localhost" || strings.HasSuffix(host, ".localhost")
-}
-
 func isLoopback(host string) bool {
 	addr, err := netip.ParseAddr(host)
-	return isLocalhost(host) || err == nil && addr.IsLoopback()
+	return localhost.Is(host) || err == nil && addr.IsLoopback()
 }
 
 // bounded fails a body that is longer than maxBody instead of cutting it

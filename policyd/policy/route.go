@@ -12,6 +12,7 @@ import (
 
 	"sallyport"
 	"sallyport/internal/fault"
+	"sallyport/internal/localhost"
 )
 
 // Options are the site's settings that decisions need.
@@ -272,7 +273,7 @@ func (c *compiler) dialable(t sallyport.Target) error {
 		return fmt.Errorf("%s is the cloud's metadata service", t.Authority())
 	case literal && (addr.IsLinkLocalUnicast() || addr.IsMulticast() || addr.IsUnspecified() || addr == netip.AddrFrom4([4]byte{255, 255, 255, 255})):
 		return fmt.Errorf("%s is a link-local, multicast or unspecified address", t.Authority())
-	case !literal && (t.Host == "localhost" || strings.HasSuffix(t.Host, ".localhost")) && !c.isBarred(t):
+	case !literal && localhost.Is(t.Host) && !c.isBarred(t):
 		return fmt.Errorf("%s is this machine by name; write the address (127.0.0.1:%d) if that is meant", t.Authority(), t.Port)
 	}
 	for _, b := range c.barred {

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/net/http/httpproxy"
 
+	"sallyport/internal/localhost"
 	"sallyport/tunnel"
 )
 
@@ -92,7 +93,7 @@ func (d *dialer) reach(ctx context.Context, address string) (net.Conn, error) {
 }
 
 func (d *dialer) proxyFor() (*url.URL, error) {
-	if !d.proxied || tunnel.IsLocalhost(d.endpoint.Host) {
+	if !d.proxied || localhost.Is(d.endpoint.Host) {
 		return nil, nil
 	}
 	return httpproxy.FromEnvironment().ProxyFunc()(&url.URL{Scheme: "https", Host: d.endpoint.Authority})
