@@ -12,7 +12,9 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"sallyport/cmd/internal/run"
@@ -51,8 +53,8 @@ func Run(ctx context.Context, o Options) (err error) {
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	defer stop()
 	s, err := newSite(ctx, dir, o.Sabotage)
 	if err != nil {
 		return err
@@ -74,7 +76,11 @@ func Run(ctx context.Context, o Options) (err error) {
 		return err
 	}
 	t.say("%s", a.tryNext())
-	<-ctx.Done()
+	select {
+	case <-ctx.Done():
+	case err := <-s.done: // a daemon failed
+		s.done <- err
+	}
 	return nil
 }
 
