@@ -42,7 +42,7 @@ func Policyd(p *run.Process, records sallyport.Records) (*policyd.Server, error)
 	if err != nil {
 		return nil, err
 	}
-	server, err := policyd.New(p.Config.Policyd, policyd.Deps{Records: records, Audit: auditor, Log: p.Log.Named("policyd")})
+	server, err := policyd.New(p.Config.Policyd, policyd.Deps{Records: records, Audit: auditor, Log: p.Log.Named("policyd"), Metrics: p.Metrics()})
 	if err != nil {
 		return nil, err
 	}
@@ -153,7 +153,7 @@ func Gateway(p *run.Process, l *GatewayListener, d Decider, keep func(context.Co
 	cfg.PublicURL = l.URL
 	server, err := gateway.New(cfg, gateway.Deps{
 		Domain: p.Config.Domain, Authorizer: d, Explainer: d, Changes: d, Posture: d,
-		Audit: auditor, Log: p.Log.Named("gateway"), Certificate: l.certificate, Version: run.Version(),
+		Audit: auditor, Log: p.Log.Named("gateway"), Certificate: l.certificate, Version: run.Version(), Metrics: p.Metrics(),
 	})
 	if err != nil {
 		return nil, err

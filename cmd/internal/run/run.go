@@ -124,6 +124,9 @@ func ignoreEnd(err error) error {
 // Context ends when the process is told to end, or when a part of it failed.
 func (p *Process) Context() context.Context { return p.ctx }
 
+// Metrics is what the admin listener shows under /metrics.
+func (p *Process) Metrics() *telemetry.Registry { return p.metrics }
+
 // Go runs f until the process ends. An error of f ends the process; so does f
 // returning nil early, because every part of a daemon is needed.
 func (p *Process) Go(what string, f func(context.Context) error) {

@@ -12,7 +12,9 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"sallyport/cmd/internal/run"
@@ -51,7 +53,9 @@ func Run(ctx context.Context, o Options) (err error) {
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 
-	ctx, cancel := context.WithCancel(ctx)
+	// A closed terminal ends the demonstration; to the daemons alone SIGHUP means
+	// "read the configuration again".
+	ctx, cancel := signal.NotifyContext(ctx, syscall.SIGHUP)
 	defer cancel()
 	s, err := newSite(ctx, dir, o.Sabotage)
 	if err != nil {
