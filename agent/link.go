@@ -46,6 +46,7 @@ type link struct {
 	mu       sync.Mutex
 	rtt      time.Duration
 	draining bool
+	reported int                                // newest reading of facts that was sent
 	over     *connect.Event                     // the session's end, as the gateway told it
 	cuts     map[sallyport.FlowID]connect.Event // told, and not asked for yet
 	waiting  map[sallyport.FlowID]chan struct{} // who waits for one
@@ -520,8 +521,11 @@ func (a *Agent) report(ctx context.Context, l *link) error {
 	if a.reporter == nil {
 		a.reporter = &posture.Reporter{Key: key, Device: key.ID}
 	}
-	facts, reporter := a.facts, a.reporter
+	facts, reading, reporter := a.facts, a.reading, a.reporter
 	a.mu.Unlock()
+	if l.knows(reading) {
+		return nil
+	}
 	jws, err := reporter.Sign(l.session, facts)
 	if err != nil {
 		return err
@@ -538,5 +542,15 @@ func (a *Agent) report(ctx context.Context, l *link) error {
 		a.cfg.Log.Warn("posture report refused", "code", e.Code, "message", e.Message)
 		return e
 	}
+	l.mu.Lock()
+	l.reported = max(l.reported, reading)
+	l.mu.Unlock()
 	return nil
+}
+
+// knows reports whether a reading of facts has been sent on this link already.
+func (l *link) knows(reading int) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.reported >= reading
 }
