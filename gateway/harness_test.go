@@ -223,10 +223,13 @@ func (p *policy) List(_ context.Context, q sallyport.ListRequest) (sallyport.Lis
 }
 
 func (p *policy) ReportPosture(_ context.Context, session sallyport.SessionID, jws string) error {
-	if jws != "good" {
-		return &sallyport.Error{Outcome: sallyport.OutcomeDenied, Code: "posture.malformed", Message: "the report is malformed"}
+	switch jws {
+	case "good":
+		return nil
+	case "unstored":
+		return &sallyport.Error{Outcome: sallyport.OutcomeUnavailable, Code: "posture.unavailable", Message: "the report could not be stored"}
 	}
-	return nil
+	return &sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: "posture.malformed", Message: "the report is malformed"}
 }
 
 // journal keeps audit records.
