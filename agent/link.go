@@ -154,8 +154,10 @@ func (a *Agent) dialGateway(ctx context.Context, g sallyport.GatewayInfo, s *log
 		return nil, tunnel.DialFailure(u.Host, err)
 	}
 	a.won(network, order, c.Name())
-	l := &link{carrier: c, gateway: g, host: u.Hostname(), session: s.Session, since: time.Now(), hears: make(chan struct{}),
-		cuts: map[sallyport.FlowID]connect.Event{}, waiting: map[sallyport.FlowID]chan struct{}{}}
+	l := &link{
+		carrier: c, gateway: g, host: u.Hostname(), session: s.Session, since: time.Now(), hears: make(chan struct{}),
+		cuts: map[sallyport.FlowID]connect.Event{}, waiting: map[sallyport.FlowID]chan struct{}{},
+	}
 	// Before the first question, so that it is answered from what is true now.
 	reportCtx, done := context.WithTimeout(ctx, firstReport)
 	defer done()
@@ -281,8 +283,10 @@ func (a *Agent) get(ctx context.Context, path string, query url.Values, into any
 			return connect.ReadRefusal(resp)
 		}
 		if err := json.NewDecoder(io.LimitReader(resp.Body, 16<<20)).Decode(into); err != nil {
-			return &sallyport.Error{Outcome: sallyport.OutcomeUnavailable, Code: connect.ProblemUnintelligible,
-				Message: "gateway " + l.host + " answered something that this version does not read", Err: err}
+			return &sallyport.Error{
+				Outcome: sallyport.OutcomeUnavailable, Code: connect.ProblemUnintelligible,
+				Message: "gateway " + l.host + " answered something that this version does not read", Err: err,
+			}
 		}
 		return nil
 	})
