@@ -387,6 +387,7 @@ type fakeConn struct {
 func (c *fakeConn) Peer() tunnel.Peer          { return c.peer }
 func (c *fakeConn) RemoteAddr() netip.AddrPort { return *c.addr.Load() }
 func (c *fakeConn) move(to string)             { ap := netip.MustParseAddrPort(to); c.addr.Store(&ap) }
+
 func (c *fakeConn) Close(code uint64, reason string) {
 	c.once.Do(func() {
 		c.code, c.reason, c.closedAt = code, reason, time.Now()
@@ -476,6 +477,7 @@ func (c *memConn) Close() error {
 	c.w.Close()
 	return c.r.CloseWithError(net.ErrClosed)
 }
+
 func (c *memConn) Reset(code uint64) {
 	c.w.CloseWithError(&tunnel.ResetError{Code: code})
 	c.r.CloseWithError(&tunnel.ResetError{Code: code})

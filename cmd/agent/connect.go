@@ -366,8 +366,10 @@ func locals(opens []*open) []agent.Local {
 	list := make([]agent.Local, 0, len(opens))
 	for _, o := range opens {
 		flows, totals := o.forward.Status()
-		list = append(list, agent.Local{Target: o.forward.Target, Local: o.localName(), Since: o.since, Rule: o.rule,
-			Flows: flows, Opened: totals.Flows, Up: totals.Up, Down: totals.Down})
+		list = append(list, agent.Local{
+			Target: o.forward.Target, Local: o.localName(), Since: o.since, Rule: o.rule,
+			Flows: flows, Opened: totals.Flows, Up: totals.Up, Down: totals.Down,
+		})
 	}
 	return list
 }

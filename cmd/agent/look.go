@@ -266,8 +266,10 @@ func flatten(list []agent.Process) (locals []local, items []any) {
 func localRows(locals []local) [][]string {
 	rows := [][]string{{"ID", "TARGET", "LOCAL", "AGE", "OPEN", "IN/OUT", "RULE", "PID"}}
 	for _, l := range locals {
-		rows = append(rows, []string{l.ID, l.Target.Authority(), l.Local.Local, left(time.Since(l.Since)),
-			fmt.Sprint(len(l.Flows)), size(l.Down) + "/" + size(l.Up), l.Rule, fmt.Sprint(l.PID)})
+		rows = append(rows, []string{
+			l.ID, l.Target.Authority(), l.Local.Local, left(time.Since(l.Since)),
+			fmt.Sprint(len(l.Flows)), size(l.Down) + "/" + size(l.Up), l.Rule, fmt.Sprint(l.PID),
+		})
 	}
 	return rows
 }

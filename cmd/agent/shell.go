@@ -126,9 +126,11 @@ func (s *shell) askWhenNeeded() (login.Options, error) {
 func (s *shell) askNow() (login.Options, error) {
 	o := s.loginOptions()
 	if !s.terminal && !s.o.noBrowser && o.Browser == nil {
-		return o, &sallyport.Error{Outcome: sallyport.OutcomeLogin, Code: "login.nobody",
+		return o, &sallyport.Error{
+			Outcome: sallyport.OutcomeLogin, Code: "login.nobody",
 			Message: "no terminal and no desktop: nobody would see the login page",
-			Hint:    "agent login --no-browser prints its address"}
+			Hint:    "agent login --no-browser prints its address",
+		}
 	}
 	return o, nil
 }

@@ -4,25 +4,16 @@ import (
 	"reflect"
 )
 
-// Schema returns the JSON Schema of the configuration file.
+// Schema returns the JSON Schema (draft 2020-12) of the configuration file.
 func Schema() map[string]any {
-	s := schemaOf(reflect.TypeFor[File](), "", nil)
+	s := schemaOf(reflect.TypeFor[File]())
 	s["$schema"] = "https://json-schema.org/draft/2020-12/schema"
 	s["title"] = "Sallyport configuration"
 	return s
 }
 
-// schemaOf returns the JSON Schema (draft 2020-12) of what the decoder takes for
-// type t. about maps key paths (without list indexes) to what the key means.
-func schemaOf(t reflect.Type, path string, about map[string]string) map[string]any {
-	s := typeSchema(t, path, about)
-	if text := about[path]; text != "" {
-		s["description"] = text
-	}
-	return s
-}
-
-func typeSchema(t reflect.Type, path string, about map[string]string) map[string]any {
+// schemaOf returns the schema of what the decoder takes for type t.
+func schemaOf(t reflect.Type) map[string]any {
 	if t.Kind() == reflect.Pointer {
 		t = t.Elem()
 	}
@@ -41,13 +32,13 @@ func typeSchema(t reflect.Type, path string, about map[string]string) map[string
 	case reflect.Struct:
 		properties := map[string]any{}
 		for _, f := range fieldsOf(t) {
-			properties[f.name] = schemaOf(f.typ, join(path, f.name), about)
+			properties[f.name] = schemaOf(f.typ)
 		}
 		return map[string]any{"type": "object", "additionalProperties": false, "properties": properties}
 	case reflect.Map:
-		return map[string]any{"type": "object", "additionalProperties": schemaOf(t.Elem(), join(path, "*"), about)}
+		return map[string]any{"type": "object", "additionalProperties": schemaOf(t.Elem())}
 	case reflect.Slice:
-		return map[string]any{"type": "array", "items": schemaOf(t.Elem(), path+"[]", about)}
+		return map[string]any{"type": "array", "items": schemaOf(t.Elem())}
 	case reflect.Bool:
 		return map[string]any{"type": "boolean"}
 	case reflect.Float64:
