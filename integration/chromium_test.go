@@ -47,6 +47,9 @@ func TestChromium(t *testing.T) {
 		login, tab := openLogin(t, s, a, home)
 		tab.logIn(stack.Password, `button[value=allow]`)
 		tab.show("consent", `button[value=allow]`)
+		if print := tab.text(`code`); !strings.HasPrefix(print, "SHA256:") || !strings.Contains(login.Stderr(), print) {
+			t.Errorf("the page asks to compare the fingerprint %q; the terminal says\n%s", print, login.Stderr())
+		}
 		tab.click(`button[value=allow]`, end)
 		tab.show("back at the agent", `h1`)
 		if code := login.Wait(20 * time.Second); code != 0 {
@@ -54,6 +57,10 @@ func TestChromium(t *testing.T) {
 		}
 		if where := tab.text(`h1`); where != "You are back at the agent" {
 			t.Errorf("the browser ends at %q", where)
+		}
+		// The policy lets the page's own style in.
+		if round, err := chromedp.Run(tab.ctx, chromedp.Evaluate[string](`getComputedStyle(document.querySelector("main")).borderRadius`)); err != nil || round == "0px" {
+			t.Errorf("the last page has no style: %q, %v", round, err)
 		}
 		if err := stack.Echo(a.Connect("db.internal:5432").Dial(t), "hello"); err != nil {
 			t.Error(err)
