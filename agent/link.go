@@ -46,6 +46,7 @@ type link struct {
 	mu       sync.Mutex
 	rtt      time.Duration
 	draining bool
+	reported int                                // newest reading of facts that was sent
 	over     *connect.Event                     // the session's end, as the gateway told it
 	cuts     map[sallyport.FlowID]connect.Event // told, and not asked for yet
 	waiting  map[sallyport.FlowID]chan struct{} // who waits for one
@@ -153,8 +154,10 @@ func (a *Agent) dialGateway(ctx context.Context, g sallyport.GatewayInfo, s *log
 		return nil, tunnel.DialFailure(u.Host, err)
 	}
 	a.won(network, order, c.Name())
-	l := &link{carrier: c, gateway: g, host: u.Hostname(), session: s.Session, since: time.Now(), hears: make(chan struct{}),
-		cuts: map[sallyport.FlowID]connect.Event{}, waiting: map[sallyport.FlowID]chan struct{}{}}
+	l := &link{
+		carrier: c, gateway: g, host: u.Hostname(), session: s.Session, since: time.Now(), hears: make(chan struct{}),
+		cuts: map[sallyport.FlowID]connect.Event{}, waiting: map[sallyport.FlowID]chan struct{}{},
+	}
 	// Before the first question, so that it is answered from what is true now.
 	reportCtx, done := context.WithTimeout(ctx, firstReport)
 	defer done()
@@ -280,8 +283,10 @@ func (a *Agent) get(ctx context.Context, path string, query url.Values, into any
 			return connect.ReadRefusal(resp)
 		}
 		if err := json.NewDecoder(io.LimitReader(resp.Body, 16<<20)).Decode(into); err != nil {
-			return &sallyport.Error{Outcome: sallyport.OutcomeUnavailable, Code: connect.ProblemUnintelligible,
-				Message: "gateway " + l.host + " answered something that this version does not read", Err: err}
+			return &sallyport.Error{
+				Outcome: sallyport.OutcomeUnavailable, Code: connect.ProblemUnintelligible,
+				Message: "gateway " + l.host + " answered something that this version does not read", Err: err,
+			}
 		}
 		return nil
 	})
@@ -520,8 +525,11 @@ func (a *Agent) report(ctx context.Context, l *link) error {
 	if a.reporter == nil {
 		a.reporter = &posture.Reporter{Key: key, Device: key.ID}
 	}
-	facts, reporter := a.facts, a.reporter
+	facts, reading, reporter := a.facts, a.reading, a.reporter
 	a.mu.Unlock()
+	if l.knows(reading) {
+		return nil
+	}
 	jws, err := reporter.Sign(l.session, facts)
 	if err != nil {
 		return err
@@ -538,5 +546,15 @@ func (a *Agent) report(ctx context.Context, l *link) error {
 		a.cfg.Log.Warn("posture report refused", "code", e.Code, "message", e.Message)
 		return e
 	}
+	l.mu.Lock()
+	l.reported = max(l.reported, reading)
+	l.mu.Unlock()
 	return nil
+}
+
+// knows reports whether a reading of facts has been sent on this link already.
+func (l *link) knows(reading int) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.reported >= reading
 }

@@ -389,7 +389,7 @@ type fakeConn struct {
 
 func (c *fakeConn) Peer() tunnel.Peer          { return c.peer }
 func (c *fakeConn) RemoteAddr() netip.AddrPort { return *c.addr.Load() }
-func (c *fakeConn) move(to string) { ap := netip.MustParseAddrPort(to); c.addr.Store(&ap) }
+func (c *fakeConn) move(to string)             { ap := netip.MustParseAddrPort(to); c.addr.Store(&ap) }
 
 func (c *fakeConn) Close(code uint64, reason string) {
 	c.once.Do(func() {

@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/fstest"
 	"testing/synctest"
@@ -60,8 +62,10 @@ func recorded(t *testing.T, name string) (posture.Machine, string) {
 		}
 		return nil, errors.New("exit status 1")
 	}
-	return posture.Machine{OS: "linux", FS: files, Run: run, Env: func(n string) string { return env[n] }, Home: "home/alice",
-		AgentVersion: "1.2.3", KeyProtection: "file"}, want
+	return posture.Machine{
+		OS: "linux", FS: files, Run: run, Env: func(n string) string { return env[n] }, Home: "home/alice",
+		AgentVersion: "1.2.3", KeyProtection: "file",
+	}, want
 }
 
 func TestRecordings(t *testing.T) {
@@ -74,8 +78,10 @@ func TestRecordings(t *testing.T) {
 			m, want := recorded(t, name)
 			var got strings.Builder
 			facts := m.Collect(t.Context())
-			for _, k := range []string{"os", "os_version", "kernel", "agent_version", "key_protection",
-				"disk_encrypted", "firewall", "screen_lock", "secure_boot"} {
+			for _, k := range []string{
+				"os", "os_version", "kernel", "agent_version", "key_protection",
+				"disk_encrypted", "firewall", "screen_lock", "secure_boot",
+			} {
 				if f, ok := facts[k]; ok {
 					fmt.Fprintf(&got, "%s %v\n", k, f.Value)
 					if f.Source != sallyport.SourceOS || time.Since(f.At) > time.Minute {
@@ -171,8 +177,10 @@ func TestOpenRefusesABadFile(t *testing.T) {
 
 // still is a machine of which nothing is known.
 func still() posture.Machine {
-	return posture.Machine{OS: "linux", FS: fstest.MapFS{}, Env: func(string) string { return "" },
-		Run: func(context.Context, string, ...string) ([]byte, error) { return nil, errors.New("none") }}
+	return posture.Machine{
+		OS: "linux", FS: fstest.MapFS{}, Env: func(string) string { return "" },
+		Run: func(context.Context, string, ...string) ([]byte, error) { return nil, errors.New("none") },
+	}
 }
 
 func TestWatch(t *testing.T) {
@@ -188,21 +196,26 @@ func TestWatch(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		var mu sync.Mutex
 		var told []any
 		var at []time.Duration
 		began := time.Now()
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		go s.Watch(ctx, func(facts map[string]sallyport.Fact) {
+			mu.Lock()
+			defer mu.Unlock()
 			told, at = append(told, facts[sallyport.FactDiskEncrypted].Value), append(at, time.Since(began))
 		})
 		expect := func(what string, n int, value any, from, to time.Duration) {
 			t.Helper()
+			synctest.Wait()
+			mu.Lock()
+			defer mu.Unlock()
 			if len(told) != n || told[n-1] != value || at[n-1] < from || at[n-1] > to {
 				t.Errorf("%s: told %v at %v; want %v as number %d from %v to %v", what, told, at, value, n, from, to)
 			}
 		}
-		synctest.Wait()
 		expect("at start", 1, true, 0, 0)
 
 		<-time.After(10 * time.Second)
@@ -238,10 +251,11 @@ func TestWatch(t *testing.T) {
 func TestSystemChangeIsTold(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := still()
-		release := "1"
+		var release atomic.Value
+		release.Store("1")
 		m.FS = readFS(func(name string) ([]byte, error) {
 			if name == "proc/sys/kernel/osrelease" {
-				return []byte(release), nil
+				return []byte(release.Load().(string)), nil
 			}
 			return nil, fs.ErrNotExist
 		})
@@ -254,8 +268,9 @@ func TestSystemChangeIsTold(t *testing.T) {
 		defer cancel()
 		go s.Watch(ctx, func(facts map[string]sallyport.Fact) { told = append(told, facts[sallyport.FactKernel].Value) })
 		synctest.Wait()
-		release = "2"
+		release.Store("2")
 		<-time.After(16 * time.Second)
+		synctest.Wait()
 		if diff := cmp.Diff([]any{"1", "2"}, told); diff != "" {
 			t.Errorf("told (-want +got):\n%s", diff)
 		}

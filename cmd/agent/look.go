@@ -340,6 +340,9 @@ func (s *shell) status(ctx context.Context, a *agent.Agent) (status, error) {
 	me, err := a.Me(ctx)
 	if err != nil {
 		st.Problem, st.Facts = err.Error(), a.Facts()
+		if sallyport.OutcomeOf(err) == sallyport.OutcomeLogin {
+			st.Ends = time.Time{} // whatever this machine believed
+		}
 		return st, err
 	}
 	st.Me, st.Facts, st.Ages = &me.Me, me.Facts, me.FactAges

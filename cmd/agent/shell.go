@@ -48,7 +48,8 @@ func system() *shell {
 	return &shell{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, env: os.Getenv, terminal: term.IsTerminal(int(os.Stderr.Fd()))}
 }
 
-// exitInterrupted is what a second Ctrl-C ends with: what was open is lost.
+// exitInterrupted is what Ctrl-C ends with when something is not done or lost by
+// it; a Ctrl-C that ends what would go on for ever is 0.
 const exitInterrupted = 130
 
 // run executes one command line and returns the exit code.
