@@ -34,6 +34,10 @@ const (
 	warmTimeout = 6 * time.Minute
 	// headTimeout is how long a head may take from its first byte on.
 	headTimeout = 10 * time.Second
+	// refusedWarm is how long a connection that was not admitted may wait for its
+	// request. What refused it may be over by then, and a client that keeps it warm
+	// would meet the old refusal: the end of the connection tells it to dial anew.
+	refusedWarm = time.Second
 	// bodyTimeout is how long the body of a /v1 request may take.
 	bodyTimeout = 30 * time.Second
 )
@@ -104,8 +108,8 @@ func (s *Server) ServeConn(ctx context.Context, c *tls.Conn) {
 // turnAway answers the first request of a connection that was not admitted,
 // whatever it is, with the refusal.
 func (s *Server) turnAway(c *serverConn, refusal *sallyport.Error) {
-	c.tls.SetReadDeadline(time.Now().Add(headTimeout))
-	if _, err := readHead(c.tls, nil); err != nil {
+	c.tls.SetReadDeadline(time.Now().Add(refusedWarm))
+	if _, err := readHead(c.tls, func() { c.tls.SetReadDeadline(time.Now().Add(headTimeout)) }); err != nil {
 		return
 	}
 	c.refuse(refusal)
