@@ -76,6 +76,7 @@ func newLab(b *testing.B) *lab {
 	l.service = stack.StartProcess(b, stack.Command{Program: l.load, Args: []string{"server", "-addr", "127.0.0.1:0"}}).Line(10 * time.Second)
 	l.stack = stack.Start(b, stack.Apart, stack.Config{
 		LogLevel: "info",
+		Gateway:  map[string]any{"limits": map[string]any{"lanes": 16384}}, // one person holds all of the idle connections
 		Users:    []stack.User{{ID: "alice", Email: "alice@test.example", Groups: []string{"dev"}}},
 		Routes:   []stack.Route{{From: "tcp://" + target, To: "tcp://" + l.service, Policy: stack.Allow("dev", stack.Group("dev"), stack.Fact("disk_encrypted", true))}},
 	})
