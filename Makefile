@@ -3,6 +3,9 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
+# The same flags everywhere, so that SQLite is compiled once.
+export GOFLAGS := -trimpath $(GOFLAGS)
+
 VERSION  ?= $(shell git describe --tags --dirty 2>/dev/null)
 BUILT    ?= $(shell git log -1 --format=%cI 2>/dev/null)
 LDFLAGS  := -s -w -X sallyport/cmd/internal/run.release=$(VERSION) -X sallyport/cmd/internal/run.built=$(BUILT)
@@ -27,9 +30,9 @@ build: $(PURE:%=bin/%) $(CGO:%=bin/%) ## bin/agent bin/gateway bin/authd bin/pol
 
 .PHONY: $(PURE:%=bin/%) $(CGO:%=bin/%)
 $(PURE:%=bin/%):
-	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./cmd/$(@F)
+	CGO_ENABLED=0 go build -ldflags '$(LDFLAGS)' -o $@ ./cmd/$(@F)
 $(CGO:%=bin/%):
-	CGO_ENABLED=1 go build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./cmd/$(@F)
+	CGO_ENABLED=1 go build -ldflags '$(LDFLAGS)' -o $@ ./cmd/$(@F)
 
 .PHONY: demo
 demo: bin/agent bin/sallyport ## the whole story on this machine; ARGS=--exit ends after it
@@ -53,7 +56,7 @@ race: ## the same under the race detector
 
 .PHONY: stack
 stack: build ## whole stacks: built binaries in one process and apart, foreign IdPs, ssh, psql, curl, Chromium
-	cd integration && go vet ./... && go test -shuffle=on -timeout 25m ./...
+	cd integration && go vet ./... && SALLYPORT_BIN=$(CURDIR)/bin go test -shuffle=on -timeout 25m ./...
 
 .PHONY: lint
 lint: ## gofumpt, go vet, staticcheck
@@ -107,7 +110,7 @@ dist: ## dist/: the agent for every desktop, the daemons for this machine, check
 	rm -rf dist && mkdir -p dist
 	for os in linux darwin windows; do for arch in amd64 arm64; do \
 	  ext=; [ $$os = windows ] && ext=.exe; \
-	  CGO_ENABLED=0 GOOS=$$os GOARCH=$$arch go build -trimpath -ldflags '$(LDFLAGS)' -o dist/agent-$$os-$$arch$$ext ./cmd/agent; \
+	  CGO_ENABLED=0 GOOS=$$os GOARCH=$$arch go build -ldflags '$(LDFLAGS)' -o dist/agent-$$os-$$arch$$ext ./cmd/agent; \
 	done; done
 	$(MAKE) build
 	tar -C bin -czf dist/sallyport-$$(go env GOOS)-$$(go env GOARCH).tar.gz gateway authd policyd cached sallyport

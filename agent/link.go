@@ -40,6 +40,7 @@ type link struct {
 	host    string
 	session sallyport.SessionID
 	since   time.Time
+	told    int           // Agent.learned of the last accepted report; guarded by Agent.mu
 	hears   chan struct{} // closed once the event stream has been open
 	once    sync.Once
 
@@ -500,7 +501,7 @@ func (a *Agent) reportLoop(ctx context.Context) {
 			}
 		}
 		l := a.liveLink()
-		if l == nil {
+		if l == nil || a.knows(l) {
 			failed = false // a new link starts with a report, and asks for another
 			continue
 		}
@@ -508,6 +509,13 @@ func (a *Agent) reportLoop(ctx context.Context) {
 		failed = a.report(reportCtx, l) != nil
 		cancel()
 	}
+}
+
+// knows reports whether the newest facts went over this link.
+func (a *Agent) knows(l *link) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return l.told == a.learned
 }
 
 // report signs the newest facts and sends them.
@@ -520,7 +528,7 @@ func (a *Agent) report(ctx context.Context, l *link) error {
 	if a.reporter == nil {
 		a.reporter = &posture.Reporter{Key: key, Device: key.ID}
 	}
-	facts, reporter := a.facts, a.reporter
+	facts, learned, reporter := a.facts, a.learned, a.reporter
 	a.mu.Unlock()
 	jws, err := reporter.Sign(l.session, facts)
 	if err != nil {
@@ -538,5 +546,8 @@ func (a *Agent) report(ctx context.Context, l *link) error {
 		a.cfg.Log.Warn("posture report refused", "code", e.Code, "message", e.Message)
 		return e
 	}
+	a.mu.Lock()
+	l.told = learned
+	a.mu.Unlock()
 	return nil
 }

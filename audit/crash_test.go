@@ -2,6 +2,7 @@ package audit
 
 import (
 	"bufio"
+	"context"
 	"flag"
 	"fmt"
 	"math/rand/v2"
@@ -40,7 +41,7 @@ func writeForever(dir string) error {
 			for i := 0; ; i++ {
 				r := record(i)
 				r.Detail = fmt.Sprintf("%d/%d/%d", os.Getpid(), w, i)
-				if err := l.Append(nil, r); err != nil {
+				if err := l.Append(context.Background(), r); err != nil {
 					errs <- err
 					return
 				}

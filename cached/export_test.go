@@ -1,8 +1,9 @@
 package cached
 
 import (
-	"sallyport"
 	"testing"
+
+	"sallyport"
 )
 
 // BoundFeed makes the ring of changes small.

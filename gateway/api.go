@@ -121,7 +121,8 @@ func (s *Server) servePosture(w http.ResponseWriter, r *http.Request, c tunnel.S
 	switch {
 	case err == nil:
 		w.WriteHeader(http.StatusNoContent)
-	case errors.As(err, &e) && strings.HasPrefix(e.Code, "posture."):
+	case errors.As(err, &e) && strings.HasPrefix(e.Code, "posture.") && e.Outcome != sallyport.OutcomeUnavailable:
+		// What is wrong with the report itself; else nothing is.
 		p := connect.ProblemOf(e)
 		p.Status, p.Title, p.RetryAfter = http.StatusBadRequest, "", 0
 		connect.WriteProblem(w, p)

@@ -43,6 +43,7 @@ func TestAPIAnswers(t *testing.T) {
 			{"why nothing", "GET", "/v1/why", "", 400, `"code":"target.invalid"`},
 			{"posture", "POST", "/v1/posture", "good", 204, ``},
 			{"bad posture", "POST", "/v1/posture", "bad", 400, `"code":"posture.malformed"`},
+			{"posture that nobody can store", "POST", "/v1/posture", "unstored", 503, `"code":"posture.unavailable"`},
 			{"huge posture", "POST", "/v1/posture", strings.Repeat("x", maxPosture+1), 400, `"code":"bad_request"`},
 			{"wrong method", "POST", "/v1/me", "", 405, `"code":"method.wrong"`},
 			{"unknown path", "GET", "/v1/other", "", 404, `"code":"path.unknown"`},

@@ -134,8 +134,11 @@ func (l Limits) validate() fault.List {
 		key   string
 		value int
 	}{
-		{"carriers", l.Carriers}, {"lanes", l.Lanes}, {"flows", l.Flows},
-		{"pending", l.Pending}, {"handshakes", l.Handshakes},
+		{"carriers", l.Carriers},
+		{"lanes", l.Lanes},
+		{"flows", l.Flows},
+		{"pending", l.Pending},
+		{"handshakes", l.Handshakes},
 	} {
 		if n.value < 0 {
 			f.Addf(n.key, "%d is below 0 (0 means the default)", n.value)

@@ -223,10 +223,13 @@ func (p *policy) List(_ context.Context, q sallyport.ListRequest) (sallyport.Lis
 }
 
 func (p *policy) ReportPosture(_ context.Context, session sallyport.SessionID, jws string) error {
-	if jws != "good" {
-		return &sallyport.Error{Outcome: sallyport.OutcomeDenied, Code: "posture.malformed", Message: "the report is malformed"}
+	switch jws {
+	case "good":
+		return nil
+	case "unstored":
+		return &sallyport.Error{Outcome: sallyport.OutcomeUnavailable, Code: "posture.unavailable", Message: "the report could not be stored"}
 	}
-	return nil
+	return &sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: "posture.malformed", Message: "the report is malformed"}
 }
 
 // journal keeps audit records.
@@ -387,6 +390,7 @@ type fakeConn struct {
 func (c *fakeConn) Peer() tunnel.Peer          { return c.peer }
 func (c *fakeConn) RemoteAddr() netip.AddrPort { return *c.addr.Load() }
 func (c *fakeConn) move(to string)             { ap := netip.MustParseAddrPort(to); c.addr.Store(&ap) }
+
 func (c *fakeConn) Close(code uint64, reason string) {
 	c.once.Do(func() {
 		c.code, c.reason, c.closedAt = code, reason, time.Now()
@@ -476,6 +480,7 @@ func (c *memConn) Close() error {
 	c.w.Close()
 	return c.r.CloseWithError(net.ErrClosed)
 }
+
 func (c *memConn) Reset(code uint64) {
 	c.w.CloseWithError(&tunnel.ResetError{Code: code})
 	c.r.CloseWithError(&tunnel.ResetError{Code: code})

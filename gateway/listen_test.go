@@ -559,8 +559,10 @@ func TestHandshakesAreBounded(t *testing.T) {
 	if sourceOf(&net.TCPAddr{IP: net.ParseIP("2001:db8::1")}) != sourceOf(&net.TCPAddr{IP: net.ParseIP("2001:db8::2")}) {
 		t.Error("two addresses of one IPv6 network are two sources")
 	}
-	if !b.take(one) || !b.take(one) || b.take(one) {
-		t.Error("one address may hold two of eight")
+	for i, want := range []bool{true, true, false} {
+		if got := b.take(one); got != want {
+			t.Errorf("handshake %d of one address: taken %v; want %v (two of eight)", i+1, got, want)
+		}
 	}
 	if !b.take(two) {
 		t.Error("another address is kept out")

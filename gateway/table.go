@@ -88,8 +88,10 @@ func (t *table) register(c tunnel.ServerConn, target sallyport.Target, cancel fu
 		return nil, unavailable(hopWaiting, nil)
 	}
 	if h.flows >= t.limits.Flows {
-		return nil, &sallyport.Error{Outcome: sallyport.OutcomeUnavailable, Code: connect.ProblemTooMany,
-			Message: fmt.Sprintf("this session has %d connections open, which is as many as it may", h.flows)}
+		return nil, &sallyport.Error{
+			Outcome: sallyport.OutcomeUnavailable, Code: connect.ProblemTooMany,
+			Message: fmt.Sprintf("this session has %d connections open, which is as many as it may", h.flows),
+		}
 	}
 	g := &grant{
 		conn: c, session: carrier.session, carrier: carrier, target: target,
@@ -126,8 +128,10 @@ func errNoCarrier(g *grant) *sallyport.Error {
 	if g != nil && g.withdrawal != nil {
 		return g.withdrawal.refusal()
 	}
-	return &sallyport.Error{Outcome: sallyport.OutcomeLogin, Code: connect.ProblemSessionRevoked,
-		Message: "this connection stands for no live session", Hint: "run: agent login"}
+	return &sallyport.Error{
+		Outcome: sallyport.OutcomeLogin, Code: connect.ProblemSessionRevoked,
+		Message: "this connection stands for no live session", Hint: "run: agent login",
+	}
 }
 
 // ask prepares a question about g, or says why none can be asked.

@@ -68,7 +68,8 @@ func TestNoticesBeforeTheFirstSnapshot(t *testing.T) {
 		}
 		live := liveRecords(time.Now())
 		fake.play([]sallyport.WatchEvent{
-			{Type: sallyport.WatchBegin, Epoch: "e", Revision: 5}, {Type: sallyport.WatchItems, Epoch: "e", Records: live},
+			{Type: sallyport.WatchBegin, Epoch: "e", Revision: 5},
+			{Type: sallyport.WatchItems, Epoch: "e", Records: live},
 			{Type: sallyport.WatchEnd, Epoch: "e", Revision: 5, Count: len(live)},
 		})
 		pass(2 * time.Second)

@@ -2,7 +2,6 @@ package policyd
 
 import (
 	"context"
-
 	"fmt"
 	"slices"
 	"strings"

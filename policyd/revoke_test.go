@@ -139,7 +139,8 @@ func TestRevocationBeforeTheFirstSnapshot(t *testing.T) {
 		}
 		live := liveRecords(time.Now())
 		fake.play([]sallyport.WatchEvent{
-			{Type: sallyport.WatchBegin, Epoch: "e", Revision: 5}, {Type: sallyport.WatchItems, Epoch: "e", Records: live},
+			{Type: sallyport.WatchBegin, Epoch: "e", Revision: 5},
+			{Type: sallyport.WatchItems, Epoch: "e", Records: live},
 			{Type: sallyport.WatchEnd, Epoch: "e", Revision: 5, Count: len(live)},
 		})
 		pass(3 * time.Second)

@@ -223,7 +223,8 @@ func TestCase_M1_noAnswerBeforeACompleteSnapshot(t *testing.T) {
 			}
 		}
 		fake.play([]sallyport.WatchEvent{
-			{Type: sallyport.WatchBegin, Epoch: "e", Revision: 5}, {Type: sallyport.WatchItems, Epoch: "e", Records: live},
+			{Type: sallyport.WatchBegin, Epoch: "e", Revision: 5},
+			{Type: sallyport.WatchItems, Epoch: "e", Records: live},
 			{Type: sallyport.WatchEnd, Epoch: "e", Revision: 5, Count: len(live)},
 		})
 		pass(3 * time.Second)
@@ -297,7 +298,8 @@ func TestSnapshotIsSwappedOnlyAtItsEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		live := liveRecords(time.Now())
 		full := []sallyport.WatchEvent{
-			{Type: sallyport.WatchBegin, Epoch: "e", Revision: 5}, {Type: sallyport.WatchItems, Epoch: "e", Records: live},
+			{Type: sallyport.WatchBegin, Epoch: "e", Revision: 5},
+			{Type: sallyport.WatchItems, Epoch: "e", Records: live},
 			{Type: sallyport.WatchEnd, Epoch: "e", Revision: 5, Count: len(live)},
 		}
 		fake := &script{}
@@ -460,7 +462,8 @@ func TestOldChangeIsIgnored(t *testing.T) {
 		gone.Deleted, gone.Payload = true, nil
 		fake := &script{}
 		fake.play([]sallyport.WatchEvent{
-			{Type: sallyport.WatchBegin, Epoch: "e", Revision: 5}, {Type: sallyport.WatchItems, Epoch: "e", Records: live},
+			{Type: sallyport.WatchBegin, Epoch: "e", Revision: 5},
+			{Type: sallyport.WatchItems, Epoch: "e", Records: live},
 			{Type: sallyport.WatchEnd, Epoch: "e", Revision: 5, Count: len(live)},
 			{Type: sallyport.WatchChange, Epoch: "e", Revision: 5, Records: []sallyport.Record{gone}},
 		})
@@ -494,7 +497,8 @@ func TestSnapshotAgainTellsTheDifference(t *testing.T) {
 		live := liveRecords(now)
 		complete := func(epoch sallyport.Epoch, rev sallyport.Revision, records []sallyport.Record) []sallyport.WatchEvent {
 			return []sallyport.WatchEvent{
-				{Type: sallyport.WatchBegin, Epoch: epoch, Revision: rev}, {Type: sallyport.WatchItems, Epoch: epoch, Records: records},
+				{Type: sallyport.WatchBegin, Epoch: epoch, Revision: rev},
+				{Type: sallyport.WatchItems, Epoch: epoch, Records: records},
 				{Type: sallyport.WatchEnd, Epoch: epoch, Revision: rev, Count: len(records)},
 			}
 		}

@@ -43,6 +43,9 @@ func (h *handler) Connect(_ context.Context, stream tunnel.ServerStream) {
 	s, t := h.site(), stream.Target()
 	s.note("connect " + t.Authority())
 	d := s.decide(t)
+	if !s.lives(stream.Conn()) {
+		d = sallyport.Decision{ID: "d-NOSESSION", Verdict: sallyport.VerdictLogin}
+	}
 	if !d.Allowed() {
 		stream.Refuse(connect.Denial(d))
 		return
@@ -76,6 +79,13 @@ func (s *Site) decide(t sallyport.Target) sallyport.Decision {
 		return d
 	}
 	return sallyport.Decision{ID: "d-NOROUTE", Verdict: sallyport.VerdictNoRoute}
+}
+
+func (s *Site) lives(c tunnel.ServerConn) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, live := s.live[c.Peer().Session]
+	return live
 }
 
 func (s *Site) note(what string) {
@@ -178,6 +188,10 @@ func (s *Site) DropCarriers() {
 // ServeAPI implements tunnel.Handler.
 func (h *handler) ServeAPI(w http.ResponseWriter, r *http.Request, c tunnel.ServerConn) {
 	s := h.site()
+	if !s.lives(c) {
+		connect.WriteRefusal(w, connect.Denial(sallyport.Decision{ID: "d-NOSESSION", Verdict: sallyport.VerdictLogin}))
+		return
+	}
 	switch r.URL.Path {
 	case connect.PathMe, connect.PathTargets:
 		s.note(r.URL.Path)

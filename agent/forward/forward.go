@@ -230,6 +230,10 @@ func (f *Forward) open(ctx context.Context) (*Flow, error) {
 	if <-decided; held {
 		f.release()
 	}
+	var why *sallyport.Error
+	if err != nil && errors.As(context.Cause(ctx), &why) {
+		err = why // says more than that the context ended
+	}
 	return flow, err
 }
 

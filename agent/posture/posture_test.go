@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/fstest"
 	"testing/synctest"
@@ -188,21 +190,26 @@ func TestWatch(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		var mu sync.Mutex
 		var told []any
 		var at []time.Duration
 		began := time.Now()
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		go s.Watch(ctx, func(facts map[string]sallyport.Fact) {
+			mu.Lock()
+			defer mu.Unlock()
 			told, at = append(told, facts[sallyport.FactDiskEncrypted].Value), append(at, time.Since(began))
 		})
 		expect := func(what string, n int, value any, from, to time.Duration) {
 			t.Helper()
+			synctest.Wait()
+			mu.Lock()
+			defer mu.Unlock()
 			if len(told) != n || told[n-1] != value || at[n-1] < from || at[n-1] > to {
 				t.Errorf("%s: told %v at %v; want %v as number %d from %v to %v", what, told, at, value, n, from, to)
 			}
 		}
-		synctest.Wait()
 		expect("at start", 1, true, 0, 0)
 
 		<-time.After(10 * time.Second)
@@ -238,10 +245,11 @@ func TestWatch(t *testing.T) {
 func TestSystemChangeIsTold(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := still()
-		release := "1"
+		var release atomic.Value
+		release.Store("1")
 		m.FS = readFS(func(name string) ([]byte, error) {
 			if name == "proc/sys/kernel/osrelease" {
-				return []byte(release), nil
+				return []byte(release.Load().(string)), nil
 			}
 			return nil, fs.ErrNotExist
 		})
@@ -254,8 +262,9 @@ func TestSystemChangeIsTold(t *testing.T) {
 		defer cancel()
 		go s.Watch(ctx, func(facts map[string]sallyport.Fact) { told = append(told, facts[sallyport.FactKernel].Value) })
 		synctest.Wait()
-		release = "2"
+		release.Store("2")
 		<-time.After(16 * time.Second)
+		synctest.Wait()
 		if diff := cmp.Diff([]any{"1", "2"}, told); diff != "" {
 			t.Errorf("told (-want +got):\n%s", diff)
 		}

@@ -65,7 +65,7 @@ system's keyring (or, where there is none, in a file that only you can read).`,
   agent login --no-browser                 open the address yourself, anywhere on this machine`,
 		flags: func(f *pflag.FlagSet, o *options) {
 			f.StringVar(&o.ca, "ca", "", "PEM `FILE` with the authority that signs the login service's certificate")
-			f.StringVar(&o.keyStore, "key-store", "", "where a new device key goes: keyring or file (default keyring, if there is one)")
+			f.StringVar(&o.keyStore, "key-store", "", "where a new device key goes: `keyring` or file (default keyring, if there is one)")
 			addAsk(f, o)
 			addPosture(f, o)
 		},
@@ -104,7 +104,7 @@ reach now, with the reason.`,
   agent ls db --kind tcp
   agent ls --all -o json`,
 		flags: func(f *pflag.FlagSet, o *options) {
-			f.StringVar(&o.kind, "kind", "", "only tcp, udp, http or ssh")
+			f.StringVar(&o.kind, "kind", "", "only this `KIND`: tcp, udp, http or ssh")
 			f.BoolVar(&o.all, "all", false, "also what you may not reach, with the reason")
 			addOnline(f, o)
 		},
@@ -130,8 +130,8 @@ If a login is needed meanwhile, connections are held until it is done.`,
 			f.StringArrayVarP(&o.locals, "local", "L", nil, "`[ADDR:]PORT:TARGET` to open at that port; may be repeated")
 			f.StringArrayVar(&o.listens, "listen", nil, "where the TARGET is to be reached: `ADDR:PORT`, unix:PATH, :0 for any free port, or - for --stdio")
 			f.BoolVarP(&o.stdio, "stdio", "W", false, "carry standard input and output instead of a port")
-			f.String("exec", "", "`CMD…`: run it when the ports are open, end with it; must come last. {host}, {port} and {addr} stand for the first local end")
-			f.StringVar(&o.allowUID, "allow-uid", "self", "which users of this machine may connect: self, any, or user ids `N,…`")
+			f.String("exec", "", "run `CMD` and its arguments when the ports are open, and end with it; must come last. {host}, {port} and {addr} stand for the first local end")
+			f.StringVar(&o.allowUID, "allow-uid", "self", "`WHO` may connect on this machine: self, any, or user ids N,…")
 			addOnline(f, o)
 			addAsk(f, o)
 		},
@@ -176,7 +176,7 @@ With --check the exit code answers: "live" is 0 if there is a session that has n
 ended, "ready" if the gateway also takes it now.`,
 		flags: func(f *pflag.FlagSet, o *options) {
 			f.BoolVar(&o.watch, "watch", false, "show it again each two seconds")
-			f.StringVar(&o.check, "check", "", "only check: live or ready")
+			f.StringVar(&o.check, "check", "", "only `WHAT`: live or ready")
 			addOnline(f, o)
 		},
 		run: runStatus,
@@ -239,7 +239,7 @@ func addPosture(f *pflag.FlagSet, o *options) {
 }
 
 func addOnline(f *pflag.FlagSet, o *options) {
-	f.StringVar(&o.transport, "transport", "auto", "how to reach the gateway: auto, quic or tls")
+	f.StringVar(&o.transport, "transport", "auto", "how to reach the gateway: `auto`, quic or tls")
 	addPosture(f, o)
 }
 
@@ -272,8 +272,8 @@ func (s *shell) commands() *cobra.Command {
 	root.SetHelpTemplate(helpTemplate)
 	root.SetFlagErrorFunc(badFlag)
 	f := root.PersistentFlags()
-	f.StringVar(&s.o.profile, "profile", "", "which of your logins to use (default \"default\")")
-	f.StringVarP(&s.o.output, "output", "o", formatText, "text, json or jsonl")
+	f.StringVar(&s.o.profile, "profile", "", "`NAME` of the login to use (default \"default\")")
+	f.StringVarP(&s.o.output, "output", "o", formatText, "`FORMAT` of results: text, json or jsonl")
 	f.BoolVarP(&s.o.verbose, "verbose", "v", false, "say on stderr what the agent does")
 	for _, row := range rows {
 		root.AddCommand(row.build(s))

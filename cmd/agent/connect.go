@@ -131,91 +131,112 @@ type open struct {
 	forward *forward.Forward
 	bound   *forward.Bound
 	since   time.Time
-	rule    string
+	rule    string // empty until the policy has said yes; guarded by ports.mu
+}
+
+// ports is the local ends of one agent connect.
+type ports struct {
+	*shell
+	agent *agent.Agent
+	wake  chan struct{} // capacity 1: agent ps shall see a change
+
+	mu      sync.Mutex
+	opens   []*open
+	errs    []error
+	aborted bool // ended by the person before the policy had said yes
 }
 
 // connectPorts serves all targets until none is left or the person ends it, and
 // returns the error with the highest exit code.
 func (s *shell) connectPorts(ctx context.Context, a *agent.Agent, all []wanted) error {
-	var (
-		mu    sync.Mutex
-		opens []*open
-		errs  []error
-	)
-	wake := make(chan struct{}, 1)
-	changed := func() {
-		select {
-		case wake <- struct{}{}:
-		default:
-		}
-	}
-	failed := func(err error) {
-		if err == nil || errors.Is(err, context.Canceled) {
-			return
-		}
-		s.explain(err)
-		s.errorDocument(err)
-		mu.Lock()
-		defer mu.Unlock()
-		errs = append(errs, err)
-	}
+	p := &ports{shell: s, agent: a, wake: make(chan struct{}, 1)}
 	serving, stop := context.WithCancel(ctx)
 	defer stop()
-	var ready, served sync.WaitGroup
+	defer context.AfterFunc(ctx, p.sayWhatIsOpen)()
+	var ready, served, publishing sync.WaitGroup
 	for _, w := range all {
-		o, err := s.bind(ctx, a, w)
+		o, err := p.bind(ctx, w)
 		if err != nil {
-			failed(err)
+			p.failed(err)
 			continue
 		}
-		o.forward.Changed = changed
-		mu.Lock()
-		opens = append(opens, o)
-		mu.Unlock()
 		ready.Add(1)
-		served.Go(func() { failed(s.serve(serving, a, o, &mu, ready.Done)) })
+		served.Go(func() { p.failed(p.serve(serving, o, ready.Done)) })
 	}
-	var publishing sync.WaitGroup
 	publishing.Go(func() {
-		err := a.Publish(serving, "connect", wake, func() []agent.Local {
-			mu.Lock()
-			defer mu.Unlock()
-			return locals(opens)
-		})
-		if err != nil {
+		if err := a.Publish(serving, "connect", p.wake, p.locals); err != nil {
 			s.say("agent: agent ps does not show this process: %v", err)
 		}
 	})
 	ready.Wait()
-	commandErr := s.afterReady(serving, opens, &mu, stop)
+	commandErr := p.afterReady(serving, stop)
 	served.Wait()
 	stop()
 	publishing.Wait()
-	if w := worst(errs); w != nil {
+	switch w := worst(p.errs); {
+	case w != nil:
 		return reported{w}
+	case p.aborted:
+		return context.Canceled
 	}
 	return commandErr
 }
 
+// failed tells how a target ended and keeps it for the exit code.
+func (p *ports) failed(err error) {
+	if err == nil {
+		return
+	}
+	aborted := errors.Is(err, context.Canceled)
+	if !aborted {
+		p.explain(err)
+		p.errorDocument(err)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.aborted = p.aborted || aborted; !aborted {
+		p.errs = append(p.errs, err)
+	}
+}
+
+func (p *ports) changed() {
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+}
+
 // afterReady says how to stop, or runs the command of --exec and stops after it.
-func (s *shell) afterReady(ctx context.Context, opens []*open, mu *sync.Mutex, stop func()) error {
-	mu.Lock()
+func (p *ports) afterReady(ctx context.Context, stop func()) error {
+	p.mu.Lock()
 	var first *open
-	for _, o := range opens {
+	for _, o := range p.opens {
 		if first == nil && o.rule != "" {
 			first = o
 		}
 	}
-	mu.Unlock()
+	n := len(p.opens)
+	p.mu.Unlock()
 	switch {
 	case first == nil || ctx.Err() != nil:
-	case s.o.exec != nil:
+	case p.o.exec != nil:
 		defer stop()
-		return s.runCommand(ctx, first)
+		return p.runCommand(ctx, first)
 	default:
-		s.say("Ctrl-C to stop.  %s may use %s.", capital(first.forward.Allow.String()), thePort(len(opens)))
+		p.say("Ctrl-C to stop.  %s may use %s.", capital(first.forward.Allow.String()), thePort(n))
 	}
 	return nil
+}
+
+// sayWhatIsOpen is for the first Ctrl-C.
+func (p *ports) sayWhatIsOpen() {
+	n := 0
+	for _, l := range p.locals() {
+		n += len(l.Flows)
+	}
+	if n > 0 {
+		p.say("agent: %d still open, waiting up to %s; Ctrl-C again cuts them", n, forward.Drain)
+	}
 }
 
 func thePort(n int) string {
@@ -228,39 +249,43 @@ func thePort(n int) string {
 func capital(s string) string { return strings.ToUpper(s[:1]) + s[1:] }
 
 // bind opens the local end of a target. A short name needs the gateway first.
-func (s *shell) bind(ctx context.Context, a *agent.Agent, w wanted) (*open, error) {
-	allow, err := forward.ParseAllow(s.o.allowUID)
+func (p *ports) bind(ctx context.Context, w wanted) (*open, error) {
+	allow, err := forward.ParseAllow(p.o.allowUID)
 	if err != nil {
 		return nil, err
 	}
-	t, err := a.Resolve(ctx, w.word)
+	t, err := p.agent.Resolve(ctx, w.word)
 	if err != nil {
 		return nil, err
 	}
 	if t.Network == sallyport.UDP {
 		return nil, usage("target", "%s: UDP targets cannot be connected in this version", t.Authority())
 	}
-	b, err := forward.Bind(ctx, t, w.spec, allow, a.Ports())
+	b, err := forward.Bind(ctx, t, w.spec, allow, p.agent.Ports())
 	if err != nil {
 		return nil, err
 	}
 	if b.Note != "" {
-		s.say("agent: %s", b.Note)
+		p.say("agent: %s", b.Note)
 	}
-	f := &forward.Forward{Target: t, Opener: a, Allow: allow, Say: s.explain}
-	return &open{forward: f, bound: b, since: time.Now().UTC().Round(time.Millisecond)}, nil
+	f := &forward.Forward{Target: t, Opener: p.agent, Allow: allow, Say: p.explain, Changed: p.changed}
+	o := &open{forward: f, bound: b, since: time.Now().UTC().Round(time.Millisecond)}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.opens = append(p.opens, o)
+	return o, nil
 }
 
 // serve accepts at once, so that connections are held while a login runs, and
 // lets them through when the policy has said yes.
-func (s *shell) serve(ctx context.Context, a *agent.Agent, o *open, mu *sync.Mutex, ready func()) error {
+func (p *ports) serve(ctx context.Context, o *open, ready func()) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	g := &gate{Opener: o.forward.Opener, open: make(chan struct{})}
 	o.forward.Opener = g
 	ended := make(chan error, 1)
 	go func() { ended <- o.forward.Serve(ctx, o.bound) }()
-	err := s.admit(ctx, a, o, mu)
+	err := p.admit(ctx, o)
 	if err == nil {
 		close(g.open)
 	} else {
@@ -289,26 +314,26 @@ func (g *gate) Open(ctx context.Context, t sallyport.Target) (*forward.Flow, err
 }
 
 // admit asks what the policy says of the target, and announces the local end.
-func (s *shell) admit(ctx context.Context, a *agent.Agent, o *open, mu *sync.Mutex) error {
+func (p *ports) admit(ctx context.Context, o *open) error {
 	t := o.forward.Target
-	d, err := patiently(ctx, portPatience, func() (sallyport.Decision, error) { return a.Why(ctx, t) })
+	d, err := patiently(ctx, portPatience, func() (sallyport.Decision, error) { return p.agent.Why(ctx, t) })
 	if err != nil {
 		return err
 	}
 	if d.Verdict == sallyport.VerdictNoRoute {
-		return unknownTarget(ctx, a, t)
+		return unknownTarget(ctx, p.agent, t)
 	}
 	if e := connect.Denial(d); e != nil {
 		return &agent.TargetError{Target: t, Err: e}
 	}
-	mu.Lock()
+	p.mu.Lock()
 	o.rule = d.Rule
 	if o.rule == "" {
 		o.rule = "-"
 	}
-	mu.Unlock()
-	o.forward.Changed()
-	return s.announce(a, o, d)
+	p.mu.Unlock()
+	p.changed()
+	return p.announce(o, d)
 }
 
 // patiently tries again while nobody answers.
@@ -334,17 +359,17 @@ func (o *open) localName() string {
 	return o.bound.Addr().String()
 }
 
-func (s *shell) announce(a *agent.Agent, o *open, d sallyport.Decision) error {
+func (p *ports) announce(o *open, d sallyport.Decision) error {
 	t := o.forward.Target
-	link, _ := a.Link()
-	s.say("%s → %s   (%s, %s, %s, allowed by %q%s)", t.Authority(), o.localName(),
+	link, _ := p.agent.Link()
+	p.say("%s → %s   (%s, %s, %s, allowed by %q%s)", t.Authority(), o.localName(),
 		link.Carrier, link.Gateway, milliseconds(link.RTT), d.Rule, untilClock(d))
-	if s.o.output == formatText {
+	if p.o.output == formatText {
 		return nil
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return json.NewEncoder(s.stdout).Encode(struct {
+	p.shell.mu.Lock()
+	defer p.shell.mu.Unlock()
+	return json.NewEncoder(p.stdout).Encode(struct {
 		Schema   string               `json:"schema"`
 		Target   sallyport.Target     `json:"target"`
 		Local    string               `json:"local"`
@@ -362,12 +387,16 @@ func milliseconds(d time.Duration) string {
 	return fmt.Sprintf("%d ms", d.Milliseconds())
 }
 
-func locals(opens []*open) []agent.Local {
-	list := make([]agent.Local, 0, len(opens))
-	for _, o := range opens {
+func (p *ports) locals() []agent.Local {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	list := make([]agent.Local, 0, len(p.opens))
+	for _, o := range p.opens {
 		flows, totals := o.forward.Status()
-		list = append(list, agent.Local{Target: o.forward.Target, Local: o.localName(), Since: o.since, Rule: o.rule,
-			Flows: flows, Opened: totals.Flows, Up: totals.Up, Down: totals.Down})
+		list = append(list, agent.Local{
+			Target: o.forward.Target, Local: o.localName(), Since: o.since, Rule: o.rule,
+			Flows: flows, Opened: totals.Flows, Up: totals.Up, Down: totals.Down,
+		})
 	}
 	return list
 }

@@ -266,8 +266,10 @@ func flatten(list []agent.Process) (locals []local, items []any) {
 func localRows(locals []local) [][]string {
 	rows := [][]string{{"ID", "TARGET", "LOCAL", "AGE", "OPEN", "IN/OUT", "RULE", "PID"}}
 	for _, l := range locals {
-		rows = append(rows, []string{l.ID, l.Target.Authority(), l.Local.Local, left(time.Since(l.Since)),
-			fmt.Sprint(len(l.Flows)), size(l.Down) + "/" + size(l.Up), l.Rule, fmt.Sprint(l.PID)})
+		rows = append(rows, []string{
+			l.ID, l.Target.Authority(), l.Local.Local, left(time.Since(l.Since)),
+			fmt.Sprint(len(l.Flows)), size(l.Down) + "/" + size(l.Up), l.Rule, fmt.Sprint(l.PID),
+		})
 	}
 	return rows
 }
@@ -338,6 +340,9 @@ func (s *shell) status(ctx context.Context, a *agent.Agent) (status, error) {
 	me, err := a.Me(ctx)
 	if err != nil {
 		st.Problem, st.Facts = err.Error(), a.Facts()
+		if sallyport.OutcomeOf(err) == sallyport.OutcomeLogin {
+			st.Ends = time.Time{} // whatever this machine believed
+		}
 		return st, err
 	}
 	st.Me, st.Facts, st.Ages = &me.Me, me.Facts, me.FactAges

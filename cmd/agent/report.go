@@ -40,7 +40,7 @@ func (s *shell) report(cmd *cobra.Command, err error) int {
 	case errors.As(err, &said):
 		return int(sallyport.OutcomeOf(err))
 	case errors.Is(err, context.Canceled):
-		return 0 // Ctrl-C: what the person wanted
+		return exitInterrupted // Ctrl-C before it was done
 	}
 	s.explain(err)
 	if strings.HasPrefix(sallyport.CodeOf(err), "usage.") && cmd != nil {

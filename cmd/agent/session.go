@@ -167,8 +167,14 @@ func runWhoami(s *shell, ctx context.Context, _ []string) error {
 		doc.Groups, doc.Device, doc.Ends = me.Me.Groups, me.Me.Device, time.Now().Add(me.Me.ExpiresIn).UTC().Round(time.Second)
 		return s.print(doc, nil, func(w io.Writer) {
 			fmt.Fprintln(w, p.Person())
-			rows := [][]string{{"name", p.Name}, {"user", string(p.User)}, {"groups", strings.Join(doc.Groups, ", ")},
-				{"device", string(doc.Device)}, {"session", fmt.Sprintf("%s, %s left", p.Session, left(me.Me.ExpiresIn))}, {"login", p.Authd}}
+			rows := [][]string{
+				{"name", p.Name},
+				{"user", string(p.User)},
+				{"groups", strings.Join(doc.Groups, ", ")},
+				{"device", string(doc.Device)},
+				{"session", fmt.Sprintf("%s, %s left", p.Session, left(me.Me.ExpiresIn))},
+				{"login", p.Authd},
+			}
 			table(w, rows)
 		})
 	})

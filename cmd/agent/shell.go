@@ -48,7 +48,8 @@ func system() *shell {
 	return &shell{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, env: os.Getenv, terminal: term.IsTerminal(int(os.Stderr.Fd()))}
 }
 
-// exitInterrupted is what a second Ctrl-C ends with: what was open is lost.
+// exitInterrupted is what Ctrl-C ends with when something is not done or lost by
+// it; a Ctrl-C that ends what would go on for ever is 0.
 const exitInterrupted = 130
 
 // run executes one command line and returns the exit code.
@@ -126,9 +127,11 @@ func (s *shell) askWhenNeeded() (login.Options, error) {
 func (s *shell) askNow() (login.Options, error) {
 	o := s.loginOptions()
 	if !s.terminal && !s.o.noBrowser && o.Browser == nil {
-		return o, &sallyport.Error{Outcome: sallyport.OutcomeLogin, Code: "login.nobody",
+		return o, &sallyport.Error{
+			Outcome: sallyport.OutcomeLogin, Code: "login.nobody",
 			Message: "no terminal and no desktop: nobody would see the login page",
-			Hint:    "agent login --no-browser prints its address"}
+			Hint:    "agent login --no-browser prints its address",
+		}
 	}
 	return o, nil
 }

@@ -89,8 +89,10 @@ func runSSH(s *shell, ctx context.Context, args []string) error {
 	}
 	program, err := exec.LookPath("ssh")
 	if err != nil {
-		return &sallyport.Error{Outcome: sallyport.OutcomeConflict, Code: "local.no_ssh", Message: "there is no ssh on this machine",
-			Hint: "install OpenSSH's client"}
+		return &sallyport.Error{
+			Outcome: sallyport.OutcomeConflict, Code: "local.no_ssh", Message: "there is no ssh on this machine",
+			Hint: "install OpenSSH's client",
+		}
 	}
 	var target sallyport.Target
 	err = s.online(ctx, func(ctx context.Context, a *agent.Agent) error {
@@ -141,8 +143,10 @@ func resolveSSH(ctx context.Context, a *agent.Agent, p sshPlan) (sallyport.Targe
 	for i, t := range found {
 		names[i] = t.Authority()
 	}
-	e := &sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: "target.ambiguous",
-		Message: p.word + " could be " + strings.Join(names, " or "), Hint: "type one of them"}
+	e := &sallyport.Error{
+		Outcome: sallyport.OutcomeUsage, Code: "target.ambiguous",
+		Message: p.word + " could be " + strings.Join(names, " or "), Hint: "type one of them",
+	}
 	return sallyport.Target{}, e
 }
 

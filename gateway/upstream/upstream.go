@@ -56,8 +56,10 @@ type Dialer struct {
 // be dialled (no packet was sent then), OutcomeUpstream otherwise.
 func (d *Dialer) Dial(ctx context.Context, u sallyport.Upstream) (relay.Conn, error) {
 	if u.Network == sallyport.UDP {
-		return nil, &sallyport.Error{Outcome: sallyport.OutcomeUpstream, Code: connect.ProblemUnsupported,
-			Message: "this gateway carries no UDP to " + authority(u)}
+		return nil, &sallyport.Error{
+			Outcome: sallyport.OutcomeUpstream, Code: connect.ProblemUnsupported,
+			Message: "this gateway carries no UDP to " + authority(u),
+		}
 	}
 	timeout := d.Timeout
 	if timeout == 0 {

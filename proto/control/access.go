@@ -1,6 +1,7 @@
 package control
 
 import (
+	"encoding/json"
 	"fmt"
 	"strings"
 
@@ -75,7 +76,12 @@ func authdWrites(request any) error {
 func policydWrites(request any) error {
 	return eachOp(request, func(op *pb.Op) error {
 		switch kind := sallyport.Kind(op.GetKind()); kind {
-		case sallyport.KindPosture, sallyport.KindDevice, sallyport.KindUser:
+		case sallyport.KindPosture:
+			return nil
+		case sallyport.KindDevice:
+			if op.GetDelete() || !revoked(op) {
+				return fmt.Errorf("policyd may only revoke a %s", kind)
+			}
 			return nil
 		case sallyport.KindSession, sallyport.KindLogin:
 			if !op.GetDelete() {
@@ -87,6 +93,12 @@ func policydWrites(request any) error {
 		}
 		return fmt.Errorf("policyd may not write records of kind %.40q", op.GetKind())
 	})
+}
+
+// revoked reports whether op leaves a device behind that is marked revoked.
+func revoked(op *pb.Op) bool {
+	var d sallyport.Device
+	return json.Unmarshal(op.GetPayload(), &d) == nil && d.Revoked
 }
 
 // ownHead lets a daemon vouch for its own audit chain and for no other.

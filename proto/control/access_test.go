@@ -73,6 +73,9 @@ func TestAccessLooksAtRequests(t *testing.T) {
 	head := func(id string, del bool) any {
 		return &pb.ApplyRequest{Ops: []*pb.Op{{Kind: string(sallyport.KindAuditHead), Id: id, Delete: del}}}
 	}
+	device := func(payload string, del bool) any {
+		return &pb.ApplyRequest{Ops: []*pb.Op{{Kind: string(sallyport.KindDevice), Id: "d", Payload: []byte(payload), Delete: del}}}
+	}
 	get := func(kind sallyport.Kind) any { return &pb.GetRequest{Kind: string(kind)} }
 	tests := []struct {
 		kind    string
@@ -87,6 +90,10 @@ func TestAccessLooksAtRequests(t *testing.T) {
 		{KindPolicyd, pb.Records_Apply_FullMethodName, apply(sallyport.KindDirectoryUser, false), false},
 		{KindPolicyd, pb.Records_Apply_FullMethodName, apply(sallyport.KindConfig, false), false},
 		{KindPolicyd, pb.Records_Apply_FullMethodName, apply(sallyport.KindTrust, false), false},
+		{KindPolicyd, pb.Records_Apply_FullMethodName, apply(sallyport.KindUser, false), false},
+		{KindPolicyd, pb.Records_Apply_FullMethodName, device(`{"id":"d","revoked":true}`, false), true},
+		{KindPolicyd, pb.Records_Apply_FullMethodName, device(`{"id":"d","approved":true}`, false), false},
+		{KindPolicyd, pb.Records_Apply_FullMethodName, device(``, true), false},
 		{KindPolicyd, pb.Records_Get_FullMethodName, get(sallyport.KindSession), true},
 		{KindPolicyd, pb.Records_Get_FullMethodName, get(sallyport.KindIDPToken), false},
 		{KindPolicyd, pb.Records_Get_FullMethodName, get(sallyport.KindCode), false},

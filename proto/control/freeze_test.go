@@ -209,6 +209,27 @@ func TestCase_R1_UnixSocketIsForItsOwner(t *testing.T) {
 	}
 }
 
+// freeze stops the process and returns once every thread of it stands still: a
+// signal takes its time, and until then it answers.
+func (p *process) freeze(t *testing.T) {
+	t.Helper()
+	p.signal(t, syscall.SIGSTOP)
+	tasks := fmt.Sprintf("/proc/%d/task", p.cmd.Process.Pid)
+	eventually(t, 10*time.Second, func() bool {
+		threads, err := os.ReadDir(tasks)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, thread := range threads {
+			status, err := os.ReadFile(filepath.Join(tasks, thread.Name(), "status"))
+			if err == nil && !strings.Contains(string(status), "State:\tT") {
+				return false
+			}
+		}
+		return true
+	})
+}
+
 // SECURITY-CASES M: a daemon that is stopped, not dead: its kernel still takes
 // connections and bytes.
 func TestFrozenServiceIsNoticed(t *testing.T) {
@@ -242,7 +263,7 @@ func TestFrozenServiceIsNoticed(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	daemon.signal(t, syscall.SIGSTOP)
+	daemon.freeze(t)
 	frozen := time.Now()
 	err := ask(300 * time.Millisecond)
 	within(t, time.Second, "a call with 300 ms", frozen)
@@ -276,7 +297,7 @@ func TestFrozenFirstAddressIsLeft(t *testing.T) {
 	must(t, svc, sallyport.Op{Kind: sallyport.KindUser, ID: "only-in-the-first"})
 	events, ended := follow(t.Context(), svc, sallyport.WatchRequest{})
 	next(t, events)
-	frozen.signal(t, syscall.SIGSTOP)
+	frozen.freeze(t)
 	next(t, ended)
 	eventually(t, 4*time.Second, func() bool {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)

@@ -153,11 +153,4 @@ func (p *pool) close() {
 	p.wg.Wait()
 }
 
-// size returns how many connections are warm.
-func (p *pool) size() int {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return len(p.warm)
-}
-
 var _ net.Conn = (*warmConn)(nil)

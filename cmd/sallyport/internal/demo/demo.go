@@ -55,8 +55,8 @@ func Run(ctx context.Context, o Options) (err error) {
 
 	// A closed terminal ends the demonstration; to the daemons alone SIGHUP means
 	// "read the configuration again".
-	ctx, cancel := signal.NotifyContext(ctx, syscall.SIGHUP)
-	defer cancel()
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	defer stop()
 	s, err := newSite(ctx, dir, o.Sabotage)
 	if err != nil {
 		return err
@@ -78,7 +78,11 @@ func Run(ctx context.Context, o Options) (err error) {
 		return err
 	}
 	t.say("%s", a.tryNext())
-	<-ctx.Done()
+	select {
+	case <-ctx.Done():
+	case err := <-s.done: // a daemon failed
+		s.done <- err
+	}
 	return nil
 }
 
