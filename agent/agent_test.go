@@ -37,8 +37,10 @@ type person struct {
 
 func newPerson(t *testing.T, site *agenttest.Site) *person {
 	p := &person{t: t, site: site, said: make(chan string, 100)}
-	p.cfg = agent.Config{StateDir: filepath.Join(t.TempDir(), "state"), Transport: "tls", KeyStore: "file",
-		Say: func(m string) { p.said <- m }}
+	p.cfg = agent.Config{
+		StateDir: filepath.Join(t.TempDir(), "state"), Transport: "tls", KeyStore: "file",
+		Say: func(m string) { p.said <- m },
+	}
 	return p
 }
 
@@ -288,8 +290,10 @@ func TestWithdrawnFlowSaysWhy(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	site.Withdraw("tcp://db.internal:5432", connect.Event{Code: "policy", Reason: `group "dba" removed`, PolicyRevision: 215,
-		Decision: "d-1", AfterMS: 600})
+	site.Withdraw("tcp://db.internal:5432", connect.Event{
+		Code: "policy", Reason: `group "dba" removed`, PolicyRevision: 215,
+		Decision: "d-1", AfterMS: 600,
+	})
 	_, readErr := f.Read(make([]byte, 1))
 	if readErr == nil || readErr == io.EOF {
 		t.Fatalf("read gave %v; a cut is not an end", readErr)

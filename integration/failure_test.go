@@ -105,9 +105,22 @@ func failClosed(t *testing.T, name string) {
 func TestCase_M4_DirectRevocation(t *testing.T) {
 	w := newWorldWith(t, stack.Apart, func(c *stack.Config) { c.Policyd = map[string]any{"max_stale": "20s"} })
 	a := w.loggedIn(t, "alice")
-	_, live := openConn(t, a)
+	tun, live := openConn(t, a)
 	w.Daemon("cached").Signal(syscall.SIGKILL)
 	w.Daemon("cached").Wait(10 * time.Second)
+
+	// What policyd knows goes on for max_stale: new connections of live sessions.
+	if err := stack.Echo(tun.Dial(t), "new while cached is gone"); err != nil {
+		t.Error(err)
+	}
+	// Nobody can log in meanwhile.
+	p, address := w.NewAgent(t, "bob").StartLogin()
+	page, err := w.NewAgent(t, "bob").Browser().Follow(t.Context(), address, nil)
+	if err != nil || page.Status != 503 {
+		t.Errorf("a login while cached is gone: status %d, %v; want 503", page.Status, err)
+	}
+	p.Signal(syscall.SIGTERM)
+	p.Wait(10 * time.Second)
 
 	r := stack.Run(t, stack.Command{Program: "sallyport", Args: []string{"sessions", "revoke", "--config", w.File, "--user", "alice"}})
 	if r.Exit != 1 || !strings.Contains(r.Stderr, "--direct") {
@@ -128,7 +141,31 @@ func TestCase_M4_DirectRevocation(t *testing.T) {
 		}
 		return nil
 	})
+	w.Restart("policyd", syscall.SIGKILL) // what it knew by itself is gone
 	wantExit(t, a.Run("connect", "--stdio", "db.internal:5432"), stack.ExitLogin)
+}
+
+// TestCase_M1_DefaultMaxStale: nobody configures max_stale, and it is 30 s.
+func TestCase_M1_DefaultMaxStale(t *testing.T) {
+	t.Parallel() // it waits, mostly
+	w := newWorld(t, stack.Apart)
+	a := w.loggedIn(t, "alice")
+	tun, live := openConn(t, a)
+	began := time.Now()
+	w.Daemon("policyd").Signal(syscall.SIGSTOP)
+	lived := stack.CutWithin(t, live, time.Minute).Sub(began)
+	t.Logf("the live connection was cut %s after policyd was frozen", lived.Round(time.Millisecond))
+	if lived < 28*time.Second || lived > 32*time.Second {
+		t.Errorf("cut after %s; want about 30 s", lived)
+	}
+	stack.Eventually(t, 10*time.Second, func() error {
+		if !strings.Contains(tun.Stderr(), "confirm") && !strings.Contains(tun.Stderr(), "stale") {
+			return fmt.Errorf("the agent does not say that the decision could not be confirmed:\n%s", tun.Stderr())
+		}
+		return nil
+	})
+	w.comeBack(t, "policyd", syscall.SIGSTOP)
+	recovers(t, a)
 }
 
 // TestCase_M6_AuthdGone: nobody notices who is logged in; logins say so.

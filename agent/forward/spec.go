@@ -167,8 +167,10 @@ func ParseAllow(s string) (Allow, error) {
 		}
 		n, err := strconv.ParseUint(word, 10, 32)
 		if err != nil {
-			return Allow{}, &sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: "usage.allow_uid",
-				Message: fmt.Sprintf("--allow-uid %.80q: want self, any, or user ids with commas between", s)}
+			return Allow{}, &sallyport.Error{
+				Outcome: sallyport.OutcomeUsage, Code: "usage.allow_uid",
+				Message: fmt.Sprintf("--allow-uid %.80q: want self, any, or user ids with commas between", s),
+			}
 		}
 		a.UIDs = append(a.UIDs, uint32(n))
 	}

@@ -32,8 +32,10 @@ func listen(state, from string) (*callback, error) {
 	// The literal address, never "localhost", which may resolve elsewhere.
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
-		return nil, &sallyport.Error{Outcome: sallyport.OutcomeConflict, Code: "login.no_listener",
-			Message: "cannot listen on 127.0.0.1 for the browser's answer", Err: err}
+		return nil, &sallyport.Error{
+			Outcome: sallyport.OutcomeConflict, Code: "login.no_listener",
+			Message: "cannot listen on 127.0.0.1 for the browser's answer", Err: err,
+		}
 	}
 	c := &callback{listener: l, path: "/" + sallyport.NewSecret(), state: state, from: from, result: make(chan url.Values, 1)}
 	c.server = &http.Server{

@@ -67,8 +67,10 @@ func (c *Client) ask(ctx context.Context, cb *callback, state, verifier string, 
 	if timeout <= 0 || timeout > DefaultTimeout {
 		timeout = DefaultTimeout
 	}
-	late := &sallyport.Error{Outcome: sallyport.OutcomeLogin, Code: "login.timeout",
-		Message: fmt.Sprintf("nobody finished the login within %s", timeout), Hint: "run: agent login"}
+	late := &sallyport.Error{
+		Outcome: sallyport.OutcomeLogin, Code: "login.timeout",
+		Message: fmt.Sprintf("nobody finished the login within %s", timeout), Hint: "run: agent login",
+	}
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, late)
 	defer cancel()
 	visit := c.authorizeURL(cb.URL(), state, verifier, o.Extend)
@@ -116,8 +118,10 @@ var stableCode = regexp.MustCompile(`^[a-z][a-z0-9_]*(\.[a-z0-9_]+)+$`)
 // callbackError maps the error that authd put into the redirect (RFC 6749,
 // section 4.1.2.1). Only the stable code is taken from it, never a text.
 func callbackError(query url.Values) error {
-	e := &sallyport.Error{Outcome: sallyport.OutcomeLogin, Code: "login.refused",
-		Message: "the login was refused", Hint: "run: agent login"}
+	e := &sallyport.Error{
+		Outcome: sallyport.OutcomeLogin, Code: "login.refused",
+		Message: "the login was refused", Hint: "run: agent login",
+	}
 	switch query.Get("error") {
 	case "access_denied":
 		e.Code, e.Message = "login.access_denied", "the login was not allowed"
@@ -143,8 +147,10 @@ func (c *Client) redeem(ctx context.Context, code, verifier, redirect string) (*
 	if err != nil {
 		return nil, err
 	}
-	req := wire.TokenRequest{Code: code, CodeVerifier: verifier, RedirectURI: redirect,
-		CSR: fresh.csr, Proof: jws, KeyProtection: c.key.Protection}
+	req := wire.TokenRequest{
+		Code: code, CodeVerifier: verifier, RedirectURI: redirect,
+		CSR: fresh.csr, Proof: jws, KeyProtection: c.key.Protection,
+	}
 	var g wire.Grant
 	if err := c.call(ctx, http.MethodPost, wire.PathToken, req, &g); err != nil {
 		return nil, err

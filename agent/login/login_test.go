@@ -401,8 +401,10 @@ func TestParseURL(t *testing.T) {
 			t.Errorf("%s: got %v, %v; want %s", in, u, err, want)
 		}
 	}
-	for _, in := range []string{"", "http://auth.corp.example", "file:///etc/passwd", "javascript:alert(1)", "https://user:pw@auth.corp.example",
-		"https://auth.corp.example/path", "https://auth.corp.example?x=y", "https://", "https://a b"} {
+	for _, in := range []string{
+		"", "http://auth.corp.example", "file:///etc/passwd", "javascript:alert(1)", "https://user:pw@auth.corp.example",
+		"https://auth.corp.example/path", "https://auth.corp.example?x=y", "https://", "https://a b",
+	} {
 		if _, err := login.ParseURL(in); sallyport.OutcomeOf(err) != sallyport.OutcomeUsage {
 			t.Errorf("%q: got %v; want usage", in, err)
 		}
