@@ -42,7 +42,7 @@ type Agent struct {
 	factsKnown chan struct{} // closed after the first collection
 	factsOnce  sync.Once
 	facts      map[string]sallyport.Fact // guarded by mu
-	learned    int                       // how often facts were read; guarded by mu
+	reading    int                       // counts readings of facts; guarded by mu
 	reporter   *posture.Reporter         // guarded by mu
 }
 
@@ -170,7 +170,7 @@ func (a *Agent) Posture() (*posture.Source, error) { return a.postureSource() }
 func (a *Agent) learn(facts map[string]sallyport.Fact) {
 	a.mu.Lock()
 	a.facts = facts
-	a.learned++
+	a.reading++
 	a.mu.Unlock()
 	a.factsOnce.Do(func() { close(a.factsKnown) })
 	a.owePosture()

@@ -37,14 +37,16 @@ type person struct {
 
 func newPerson(t *testing.T, site *agenttest.Site) *person {
 	p := &person{t: t, site: site, said: make(chan string, 100)}
-	p.cfg = agent.Config{StateDir: filepath.Join(t.TempDir(), "state"), Transport: "tls", KeyStore: "file",
-		Say: func(m string) { p.said <- m }}
+	p.cfg = agent.Config{
+		StateDir: filepath.Join(t.TempDir(), "state"), Transport: "tls", KeyStore: "file",
+		Say: func(m string) { p.said <- m },
+	}
 	return p
 }
 
 // browser visits whatever login page is shown.
 func (p *person) browser() login.Options {
-	return login.Options{Show: func(string) {}, Timeout: 10 * time.Second, Browser: func(url string) error {
+	return login.Options{Show: func(string, string) {}, Timeout: 10 * time.Second, Browser: func(url string) error {
 		p.asked.Add(1)
 		return agenttest.Visit(p.site.ClientTLS(), url)
 	}}
@@ -288,8 +290,10 @@ func TestWithdrawnFlowSaysWhy(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	site.Withdraw("tcp://db.internal:5432", connect.Event{Code: "policy", Reason: `group "dba" removed`, PolicyRevision: 215,
-		Decision: "d-1", AfterMS: 600})
+	site.Withdraw("tcp://db.internal:5432", connect.Event{
+		Code: "policy", Reason: `group "dba" removed`, PolicyRevision: 215,
+		Decision: "d-1", AfterMS: 600,
+	})
 	_, readErr := f.Read(make([]byte, 1))
 	if readErr == nil || readErr == io.EOF {
 		t.Fatalf("read gave %v; a cut is not an end", readErr)

@@ -94,16 +94,20 @@ func (l *link) why(ctx context.Context, t sallyport.Target, f *tunnel.Flow, caus
 	if !told {
 		return unexplained(t, f, cause)
 	}
-	out := &sallyport.Error{Outcome: sallyport.OutcomeRevoked, Code: e.Code, After: time.Duration(e.AfterMS) * time.Millisecond,
-		Decision: &sallyport.Decision{ID: e.Decision, Reasons: e.Reasons, WouldAllowIf: e.WouldAllowIf, PolicyRevision: e.PolicyRevision}}
+	out := &sallyport.Error{
+		Outcome: sallyport.OutcomeRevoked, Code: e.Code, After: time.Duration(e.AfterMS) * time.Millisecond,
+		Decision: &sallyport.Decision{ID: e.Decision, Reasons: e.Reasons, WouldAllowIf: e.WouldAllowIf, PolicyRevision: e.PolicyRevision},
+	}
 	switch e.Code {
 	case "upstream_reset":
 		return nil
 	case "drain":
 		return lost(t, "the gateway is going away")
 	case "policy_stale":
-		return &sallyport.Error{Outcome: sallyport.OutcomeUnavailable, Code: e.Code,
-			Message: t.Authority() + " closed: the gateway could not confirm its policy", Hint: "try again in a moment"}
+		return &sallyport.Error{
+			Outcome: sallyport.OutcomeUnavailable, Code: e.Code,
+			Message: t.Authority() + " closed: the gateway could not confirm its policy", Hint: "try again in a moment",
+		}
 	case connect.ProblemSessionRevoked, "session_expired":
 		out.Hint = "run: agent login"
 		out.Message = t.Authority() + " closed: " + either(e.Reason, strings.ReplaceAll(e.Code, "_", " "))
@@ -125,15 +129,21 @@ func unexplained(t sallyport.Target, f *tunnel.Flow, cause error) error {
 	}
 	switch reset.Code {
 	case connect.CodeSessionRevoked:
-		return &sallyport.Error{Outcome: sallyport.OutcomeRevoked, Code: connect.ProblemSessionRevoked,
-			Message: t.Authority() + " closed: the session is over", Hint: "run: agent login"}
+		return &sallyport.Error{
+			Outcome: sallyport.OutcomeRevoked, Code: connect.ProblemSessionRevoked,
+			Message: t.Authority() + " closed: the session is over", Hint: "run: agent login",
+		}
 	case connect.CodeFlowWithdrawn:
-		return &sallyport.Error{Outcome: sallyport.OutcomeRevoked, Code: "policy",
+		return &sallyport.Error{
+			Outcome: sallyport.OutcomeRevoked, Code: "policy",
 			Message: t.Authority() + " closed by policy; the reason did not arrive", Hint: "run: agent why " + t.Authority(),
-			Decision: &sallyport.Decision{ID: f.Decision}}
+			Decision: &sallyport.Decision{ID: f.Decision},
+		}
 	case connect.CodePolicyStale:
-		return &sallyport.Error{Outcome: sallyport.OutcomeUnavailable, Code: "policy_stale",
-			Message: t.Authority() + " closed: the gateway could not confirm its policy", Hint: "try again in a moment"}
+		return &sallyport.Error{
+			Outcome: sallyport.OutcomeUnavailable, Code: "policy_stale",
+			Message: t.Authority() + " closed: the gateway could not confirm its policy", Hint: "try again in a moment",
+		}
 	case connect.CodeDraining:
 		return lost(t, "the gateway is going away")
 	}

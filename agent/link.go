@@ -40,13 +40,13 @@ type link struct {
 	host    string
 	session sallyport.SessionID
 	since   time.Time
-	told    int           // Agent.learned of the last accepted report; guarded by Agent.mu
 	hears   chan struct{} // closed once the event stream has been open
 	once    sync.Once
 
 	mu       sync.Mutex
 	rtt      time.Duration
 	draining bool
+	reported int                                // newest reading of facts that was sent
 	over     *connect.Event                     // the session's end, as the gateway told it
 	cuts     map[sallyport.FlowID]connect.Event // told, and not asked for yet
 	waiting  map[sallyport.FlowID]chan struct{} // who waits for one
@@ -154,8 +154,10 @@ func (a *Agent) dialGateway(ctx context.Context, g sallyport.GatewayInfo, s *log
 		return nil, tunnel.DialFailure(u.Host, err)
 	}
 	a.won(network, order, c.Name())
-	l := &link{carrier: c, gateway: g, host: u.Hostname(), session: s.Session, since: time.Now(), hears: make(chan struct{}),
-		cuts: map[sallyport.FlowID]connect.Event{}, waiting: map[sallyport.FlowID]chan struct{}{}}
+	l := &link{
+		carrier: c, gateway: g, host: u.Hostname(), session: s.Session, since: time.Now(), hears: make(chan struct{}),
+		cuts: map[sallyport.FlowID]connect.Event{}, waiting: map[sallyport.FlowID]chan struct{}{},
+	}
 	// Before the first question, so that it is answered from what is true now.
 	reportCtx, done := context.WithTimeout(ctx, firstReport)
 	defer done()
@@ -281,8 +283,10 @@ func (a *Agent) get(ctx context.Context, path string, query url.Values, into any
 			return connect.ReadRefusal(resp)
 		}
 		if err := json.NewDecoder(io.LimitReader(resp.Body, 16<<20)).Decode(into); err != nil {
-			return &sallyport.Error{Outcome: sallyport.OutcomeUnavailable, Code: connect.ProblemUnintelligible,
-				Message: "gateway " + l.host + " answered something that this version does not read", Err: err}
+			return &sallyport.Error{
+				Outcome: sallyport.OutcomeUnavailable, Code: connect.ProblemUnintelligible,
+				Message: "gateway " + l.host + " answered something that this version does not read", Err: err,
+			}
 		}
 		return nil
 	})
@@ -501,7 +505,7 @@ func (a *Agent) reportLoop(ctx context.Context) {
 			}
 		}
 		l := a.liveLink()
-		if l == nil || a.knows(l) {
+		if l == nil {
 			failed = false // a new link starts with a report, and asks for another
 			continue
 		}
@@ -509,13 +513,6 @@ func (a *Agent) reportLoop(ctx context.Context) {
 		failed = a.report(reportCtx, l) != nil
 		cancel()
 	}
-}
-
-// knows reports whether the newest facts went over this link.
-func (a *Agent) knows(l *link) bool {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return l.told == a.learned
 }
 
 // report signs the newest facts and sends them.
@@ -528,8 +525,11 @@ func (a *Agent) report(ctx context.Context, l *link) error {
 	if a.reporter == nil {
 		a.reporter = &posture.Reporter{Key: key, Device: key.ID}
 	}
-	facts, learned, reporter := a.facts, a.learned, a.reporter
+	facts, reading, reporter := a.facts, a.reading, a.reporter
 	a.mu.Unlock()
+	if l.knows(reading) {
+		return nil
+	}
 	jws, err := reporter.Sign(l.session, facts)
 	if err != nil {
 		return err
@@ -546,8 +546,15 @@ func (a *Agent) report(ctx context.Context, l *link) error {
 		a.cfg.Log.Warn("posture report refused", "code", e.Code, "message", e.Message)
 		return e
 	}
-	a.mu.Lock()
-	l.told = learned
-	a.mu.Unlock()
+	l.mu.Lock()
+	l.reported = max(l.reported, reading)
+	l.mu.Unlock()
 	return nil
+}
+
+// knows reports whether a reading of facts has been sent on this link already.
+func (l *link) knows(reading int) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.reported >= reading
 }

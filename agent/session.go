@@ -162,8 +162,10 @@ func needed(p Profile, cause error) error {
 	if !errors.As(cause, &e) || e.Code == forward.CodeNoLogin {
 		return notLoggedIn(p)
 	}
-	return &sallyport.Error{Outcome: sallyport.OutcomeLogin, Code: forward.CodeNoLogin,
-		Message: "login needed: " + e.Message, Hint: "run: agent login", Err: e.Err}
+	return &sallyport.Error{
+		Outcome: sallyport.OutcomeLogin, Code: forward.CodeNoLogin,
+		Message: "login needed: " + e.Message, Hint: "run: agent login", Err: e.Err,
+	}
 }
 
 func (a *Agent) lockLogin(ctx context.Context) (unlock func(), err error) {
@@ -184,8 +186,10 @@ func (a *Agent) login(ctx context.Context, p Profile, o login.Options) (*login.S
 		return nil, err
 	}
 	if o.Extend != "" && s.Session != o.Extend {
-		return nil, &sallyport.Error{Outcome: sallyport.OutcomeUnavailable, Code: "authd.bad_answer",
-			Message: "the login service made another session instead of prolonging this one"}
+		return nil, &sallyport.Error{
+			Outcome: sallyport.OutcomeUnavailable, Code: "authd.bad_answer",
+			Message: "the login service made another session instead of prolonging this one",
+		}
 	}
 	return s, a.keep(p, s)
 }

@@ -215,9 +215,13 @@ func (h *handler) ServeAPI(w http.ResponseWriter, r *http.Request, c tunnel.Serv
 func (s *Site) listing(id sallyport.SessionID, all bool) sallyport.Listing {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	l := sallyport.Listing{Facts: s.facts, Targets: []sallyport.ListedTarget{}, PolicyRevision: 7,
-		Me: sallyport.Identity{Session: id, User: "u-alice", Email: "alice@corp.example", Name: "Alice",
-			Groups: []string{"dba", "staff"}, Device: s.live[id].ID, ExpiresIn: 12 * time.Hour}}
+	l := sallyport.Listing{
+		Facts: s.facts, Targets: []sallyport.ListedTarget{}, PolicyRevision: 7,
+		Me: sallyport.Identity{
+			Session: id, User: "u-alice", Email: "alice@corp.example", Name: "Alice",
+			Groups: []string{"dba", "staff"}, Device: s.live[id].ID, ExpiresIn: 12 * time.Hour,
+		},
+	}
 	for from, d := range s.decisions {
 		if d.Allowed() || all {
 			l.Targets = append(l.Targets, sallyport.ListedTarget{From: from, Verdict: d.Verdict, Rule: d.Rule, Reasons: d.Reasons})

@@ -128,8 +128,10 @@ func Allow(rule string) sallyport.Decision {
 // Denied is a decision as policyd makes them.
 var Denied = sallyport.Decision{
 	ID: "d-01JD7F3A", Verdict: sallyport.VerdictDeny, Rule: "finance", PolicyRevision: 214,
-	Reasons: []sallyport.Reason{{Rule: "finance", Condition: "device.disk_encrypted", Wanted: "is true", Found: "false",
-		Age: 9 * time.Second, Result: "false"}},
+	Reasons: []sallyport.Reason{{
+		Rule: "finance", Condition: "device.disk_encrypted", Wanted: "is true", Found: "false",
+		Age: 9 * time.Second, Result: "false",
+	}},
 	WouldAllowIf: [][]sallyport.Remedy{{{Condition: "device.disk_encrypted", Want: "true", Hint: "turn on disk encryption"}}},
 }
 
@@ -301,9 +303,11 @@ func (s *Site) grant(w http.ResponseWriter, id sallyport.SessionID, csr []byte) 
 		refuse(w, "csr.rejected")
 		return
 	}
-	json.NewEncoder(w).Encode(login.Grant{Session: id, User: "u-alice", Email: "alice@corp.example", Name: "Alice", Domain: Domain,
+	json.NewEncoder(w).Encode(login.Grant{
+		Session: id, User: "u-alice", Email: "alice@corp.example", Name: "Alice", Domain: Domain,
 		Certificate: chain, RenewIn: life / 2, ExpiresIn: 12 * time.Hour,
-		Gateways: []sallyport.GatewayInfo{{Name: "test", URL: s.GatewayURL, CA: string(s.CA())}}})
+		Gateways: []sallyport.GatewayInfo{{Name: "test", URL: s.GatewayURL, CA: string(s.CA())}},
+	})
 }
 
 func (s *Site) certificate(id sallyport.SessionID, csr []byte, life time.Duration) (string, error) {
@@ -336,11 +340,13 @@ func (s *Site) Counts() (logins, renewals int) {
 
 // Visit is a person's browser that follows the login page back to the agent.
 func Visit(conf *tls.Config, page string) error {
-	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{TLSClientConfig: conf,
+	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
+		TLSClientConfig: conf,
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			_, port, _ := net.SplitHostPort(addr)
 			return (&net.Dialer{}).DialContext(ctx, network, "127.0.0.1:"+port)
-		}}}
+		},
+	}}
 	defer client.CloseIdleConnections()
 	resp, err := client.Get(page)
 	if err != nil {

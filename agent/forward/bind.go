@@ -50,13 +50,17 @@ func (b *Bound) Close() error {
 // time; else one computed from its name, which is remembered.
 func Bind(ctx context.Context, target sallyport.Target, s Spec, allow Allow, memory Memory) (*Bound, error) {
 	if !s.loopback() && !allow.Any {
-		return nil, &sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: "usage.listen",
-			Message: s.Host + " can be reached from other machines", Hint: "listen on 127.0.0.1, or say --allow-uid any if you mean it"}
+		return nil, &sallyport.Error{
+			Outcome: sallyport.OutcomeUsage, Code: "usage.listen",
+			Message: s.Host + " can be reached from other machines", Hint: "listen on 127.0.0.1, or say --allow-uid any if you mean it",
+		}
 	}
 	if !allow.Any && !canTell(s.Network) {
-		return nil, &sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: "usage.allow_uid",
+		return nil, &sallyport.Error{
+			Outcome: sallyport.OutcomeUsage, Code: "usage.allow_uid",
 			Message: "this system does not tell which user connects to a local port",
-			Hint:    "if every user of this machine may use it: --allow-uid any"}
+			Hint:    "if every user of this machine may use it: --allow-uid any",
+		}
 	}
 	switch s.Network {
 	case "unix":
@@ -135,8 +139,10 @@ func highPort(port uint16) uint16 {
 // only if it is a socket of ours that nobody serves any more.
 func bindUnix(ctx context.Context, path string) (*Bound, error) {
 	taken := func(what string) error {
-		return &sallyport.Error{Outcome: sallyport.OutcomeConflict, Code: "local.socket", Message: path + " " + what,
-			Hint: "take another path, or remove it yourself"}
+		return &sallyport.Error{
+			Outcome: sallyport.OutcomeConflict, Code: "local.socket", Message: path + " " + what,
+			Hint: "take another path, or remove it yourself",
+		}
 	}
 	if info, err := os.Lstat(path); err == nil {
 		if info.Mode()&fs.ModeSocket == 0 {
@@ -156,13 +162,17 @@ func bindUnix(ctx context.Context, path string) (*Bound, error) {
 	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "unix", path)
 	if err != nil {
-		return nil, &sallyport.Error{Outcome: sallyport.OutcomeConflict, Code: "local.socket",
-			Message: "cannot make the socket " + path + ": " + cause(err), Err: err}
+		return nil, &sallyport.Error{
+			Outcome: sallyport.OutcomeConflict, Code: "local.socket",
+			Message: "cannot make the socket " + path + ": " + cause(err), Err: err,
+		}
 	}
 	if err := os.Chmod(path, 0o600); err != nil {
 		l.Close()
-		return nil, &sallyport.Error{Outcome: sallyport.OutcomeConflict, Code: "local.socket",
-			Message: "cannot close the socket " + path + " to other users", Err: err}
+		return nil, &sallyport.Error{
+			Outcome: sallyport.OutcomeConflict, Code: "local.socket",
+			Message: "cannot close the socket " + path + " to other users", Err: err,
+		}
 	}
 	return &Bound{Listener: l, path: path}, nil
 }

@@ -1,3 +1,5 @@
+//go:build unix
+
 package forward_test
 
 import (
@@ -183,8 +185,10 @@ func TestParseSpec(t *testing.T) {
 			t.Errorf("%q: got %v, %v; want %s", in, s, err, want)
 		}
 	}
-	for _, in := range []string{"", "x", "127.0.0.1", "host.example:80", "127.0.0.1:", "127.0.0.1:65536", ":-1", ":+80", ":080", "１２", ":１２",
-		"[::1", "::1:80", "[fe80::1%eth0]:80", "unix:", "unix:" + strings.Repeat("x", 200), "127.0.0.1:80:90", strings.Repeat("9", 65536)} {
+	for _, in := range []string{
+		"", "x", "127.0.0.1", "host.example:80", "127.0.0.1:", "127.0.0.1:65536", ":-1", ":+80", ":080", "１２", ":１２",
+		"[::1", "::1:80", "[fe80::1%eth0]:80", "unix:", "unix:" + strings.Repeat("x", 200), "127.0.0.1:80:90", strings.Repeat("9", 65536),
+	} {
 		if s, err := forward.ParseSpec(in); sallyport.OutcomeOf(err) != sallyport.OutcomeUsage {
 			t.Errorf("%.40q: got %v, %v; want usage", in, s, err)
 		}

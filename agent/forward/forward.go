@@ -160,8 +160,10 @@ func (f *Forward) serve(accepting, hard context.Context, c net.Conn) error {
 		down.Reset(0)
 		return nil
 	}
-	ctx, cancel := context.WithTimeoutCause(accepting, HoldFor, &sallyport.Error{Outcome: sallyport.OutcomeLogin,
-		Code: "local.held_too_long", Message: fmt.Sprintf("%s: a connection waited %s, closed it", f.Target.Authority(), HoldFor)})
+	ctx, cancel := context.WithTimeoutCause(accepting, HoldFor, &sallyport.Error{
+		Outcome: sallyport.OutcomeLogin,
+		Code:    "local.held_too_long", Message: fmt.Sprintf("%s: a connection waited %s, closed it", f.Target.Authority(), HoldFor),
+	})
 	flow, err := f.open(ctx)
 	cancel()
 	if err != nil {
@@ -205,9 +207,11 @@ func (f *Forward) checkPeer(c net.Conn) error {
 	if err != nil {
 		who = "an unknown user"
 	}
-	return &sallyport.Error{Outcome: sallyport.OutcomeDenied, Code: "local.other_user", Err: err,
+	return &sallyport.Error{
+		Outcome: sallyport.OutcomeDenied, Code: "local.other_user", Err: err,
 		Message: fmt.Sprintf("refused a connection of %s to %s", who, c.LocalAddr()),
-		Hint:    fmt.Sprintf("%s may use it; to let others in: --allow-uid", f.Allow)}
+		Hint:    fmt.Sprintf("%s may use it; to let others in: --allow-uid", f.Allow),
+	}
 }
 
 // open asks for a flow. A connection that has to wait needs one of the places for
@@ -219,8 +223,10 @@ func (f *Forward) open(ctx context.Context) (*Flow, error) {
 	timer := time.AfterFunc(heldAt, func() {
 		defer close(decided)
 		if held = f.hold(); !held {
-			cancel(&sallyport.Error{Outcome: sallyport.OutcomeConflict, Code: "local.too_many_held",
-				Message: fmt.Sprintf("%s: %d connections wait already, closed one more", f.Target.Authority(), MaxHeld)})
+			cancel(&sallyport.Error{
+				Outcome: sallyport.OutcomeConflict, Code: "local.too_many_held",
+				Message: fmt.Sprintf("%s: %d connections wait already, closed one more", f.Target.Authority(), MaxHeld),
+			})
 		}
 	})
 	flow, err := f.Opener.Open(ctx, f.Target)

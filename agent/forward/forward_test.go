@@ -1,3 +1,5 @@
+//go:build unix
+
 package forward_test
 
 import (
@@ -133,8 +135,10 @@ func (e *echoes) Open(ctx context.Context, _ sallyport.Target) (*forward.Flow, e
 	e.mu.Lock()
 	e.last = c.(*net.TCPConn)
 	e.mu.Unlock()
-	return &forward.Flow{Flow: &tunnel.Flow{Conn: tcpFlow{c.(*net.TCPConn)}, ID: "f-1", Rule: "dba"},
-		WhyCut: func(context.Context, error) error { return e.why }}, nil
+	return &forward.Flow{
+		Flow:   &tunnel.Flow{Conn: tcpFlow{c.(*net.TCPConn)}, ID: "f-1", Rule: "dba"},
+		WhyCut: func(context.Context, error) error { return e.why },
+	}, nil
 }
 
 // cut breaks the flow that was opened last.

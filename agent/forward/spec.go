@@ -1,7 +1,6 @@
 package forward
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -167,8 +166,10 @@ func ParseAllow(s string) (Allow, error) {
 		}
 		n, err := strconv.ParseUint(word, 10, 32)
 		if err != nil {
-			return Allow{}, &sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: "usage.allow_uid",
-				Message: fmt.Sprintf("--allow-uid %.80q: want self, any, or user ids with commas between", s)}
+			return Allow{}, &sallyport.Error{
+				Outcome: sallyport.OutcomeUsage, Code: "usage.allow_uid",
+				Message: fmt.Sprintf("--allow-uid %.80q: want self, any, or user ids with commas between", s),
+			}
 		}
 		a.UIDs = append(a.UIDs, uint32(n))
 	}
@@ -209,5 +210,3 @@ func userName(uid uint32) string {
 	}
 	return s
 }
-
-var errNobodyTells = errors.New("this system does not tell who connects")

@@ -58,8 +58,10 @@ func ParseURL(s string) (*url.URL, error) {
 		wrong = "must be only a host and a port"
 	}
 	if wrong != "" {
-		return nil, &sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: "usage.authd_url",
-			Message: fmt.Sprintf("the login address %.200q %s", s, wrong), Hint: "for example: agent login https://auth.corp.example"}
+		return nil, &sallyport.Error{
+			Outcome: sallyport.OutcomeUsage, Code: "usage.authd_url",
+			Message: fmt.Sprintf("the login address %.200q %s", s, wrong), Hint: "for example: agent login https://auth.corp.example",
+		}
 	}
 	return &url.URL{Scheme: "https", Host: strings.ToLower(u.Host)}, nil
 }
@@ -71,8 +73,10 @@ func NewClient(base *url.URL, ca string, key *keys.Key) (*Client, error) {
 	if ca != "" {
 		conf.RootCAs = x509.NewCertPool()
 		if !conf.RootCAs.AppendCertsFromPEM([]byte(ca)) {
-			return nil, &sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: "usage.ca_file",
-				Message: "the CA file holds no PEM certificate"}
+			return nil, &sallyport.Error{
+				Outcome: sallyport.OutcomeUsage, Code: "usage.ca_file",
+				Message: "the CA file holds no PEM certificate",
+			}
 		}
 	}
 	transport := &http.Transport{
@@ -98,9 +102,11 @@ func (c *Client) Metadata(ctx context.Context) (wire.Metadata, error) {
 		return m, err
 	}
 	if strings.TrimSuffix(m.Issuer, "/") != c.base.String() {
-		return m, &sallyport.Error{Outcome: sallyport.OutcomeLogin, Code: "login.issuer_mismatch",
+		return m, &sallyport.Error{
+			Outcome: sallyport.OutcomeLogin, Code: "login.issuer_mismatch",
 			Message: fmt.Sprintf("%s says that it is %.200q", c.base, m.Issuer),
-			Hint:    "ask your administrator for the login address, authd's public_url"}
+			Hint:    "ask your administrator for the login address, authd's public_url",
+		}
 	}
 	return m, nil
 }
@@ -211,12 +217,16 @@ func (c *Client) unreachable(err error) error {
 	var invalid x509.CertificateInvalidError
 	var verify *tls.CertificateVerificationError
 	if errors.As(err, &verify) || errors.As(err, &unknown) || errors.As(err, &host) || errors.As(err, &invalid) {
-		return &sallyport.Error{Outcome: sallyport.OutcomeUnavailable, Code: "tls.server_untrusted",
+		return &sallyport.Error{
+			Outcome: sallyport.OutcomeUnavailable, Code: "tls.server_untrusted",
 			Message: "the certificate of " + c.base.Host + " is not to be trusted",
-			Hint:    "if your company signs it itself: agent login " + c.base.String() + " --ca FILE", Err: err}
+			Hint:    "if your company signs it itself: agent login " + c.base.String() + " --ca FILE", Err: err,
+		}
 	}
-	return &sallyport.Error{Outcome: sallyport.OutcomeUnavailable, Code: CodeUnreachable,
-		Message: "cannot reach the login service at " + c.base.Host + ": " + inWords(err), Hint: "check the network, then try again", Err: err}
+	return &sallyport.Error{
+		Outcome: sallyport.OutcomeUnavailable, Code: CodeUnreachable,
+		Message: "cannot reach the login service at " + c.base.Host + ": " + inWords(err), Hint: "check the network, then try again", Err: err,
+	}
 }
 
 // CodeUnreachable is the code of the error for an authd that nobody has reached.
@@ -244,6 +254,8 @@ func contextError(err error) error {
 }
 
 func badAnswer(what string, err error) error {
-	return &sallyport.Error{Outcome: sallyport.OutcomeUnavailable, Code: "authd.bad_answer",
-		Message: "the login service answered with " + what, Err: err}
+	return &sallyport.Error{
+		Outcome: sallyport.OutcomeUnavailable, Code: "authd.bad_answer",
+		Message: "the login service answered with " + what, Err: err,
+	}
 }

@@ -17,6 +17,7 @@ import (
 
 	"sallyport"
 	wire "sallyport/proto/login"
+	"sallyport/proto/proof"
 )
 
 // DefaultTimeout is how long a login waits for the person, and the longest that
@@ -25,9 +26,10 @@ const DefaultTimeout = 5 * time.Minute
 
 // Options say how to ask the person.
 type Options struct {
-	// Show gets the URL to visit, always, before a browser is opened. This field
-	// is required.
-	Show func(url string)
+	// Show gets the URL to visit, always, before a browser is opened, and the
+	// fingerprint of the device key, which the page of a new device asks the person
+	// to compare. This field is required.
+	Show func(url, fingerprint string)
 	// Browser opens the URL; nil opens none.
 	Browser func(url string) error
 	// Extend prolongs this session: same ids, same user, later end.
@@ -67,12 +69,14 @@ func (c *Client) ask(ctx context.Context, cb *callback, state, verifier string, 
 	if timeout <= 0 || timeout > DefaultTimeout {
 		timeout = DefaultTimeout
 	}
-	late := &sallyport.Error{Outcome: sallyport.OutcomeLogin, Code: "login.timeout",
-		Message: fmt.Sprintf("nobody finished the login within %s", timeout), Hint: "run: agent login"}
+	late := &sallyport.Error{
+		Outcome: sallyport.OutcomeLogin, Code: "login.timeout",
+		Message: fmt.Sprintf("nobody finished the login within %s", timeout), Hint: "run: agent login",
+	}
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, late)
 	defer cancel()
 	visit := c.authorizeURL(cb.URL(), state, verifier, o.Extend)
-	o.Show(visit)
+	o.Show(visit, proof.Fingerprint(c.key.Thumbprint))
 	if o.Browser != nil {
 		go o.Browser(visit) // it may run as long as the browser does; the URL is on the screen anyway
 	}
@@ -116,8 +120,10 @@ var stableCode = regexp.MustCompile(`^[a-z][a-z0-9_]*(\.[a-z0-9_]+)+$`)
 // callbackError maps the error that authd put into the redirect (RFC 6749,
 // section 4.1.2.1). Only the stable code is taken from it, never a text.
 func callbackError(query url.Values) error {
-	e := &sallyport.Error{Outcome: sallyport.OutcomeLogin, Code: "login.refused",
-		Message: "the login was refused", Hint: "run: agent login"}
+	e := &sallyport.Error{
+		Outcome: sallyport.OutcomeLogin, Code: "login.refused",
+		Message: "the login was refused", Hint: "run: agent login",
+	}
 	switch query.Get("error") {
 	case "access_denied":
 		e.Code, e.Message = "login.access_denied", "the login was not allowed"
@@ -143,8 +149,10 @@ func (c *Client) redeem(ctx context.Context, code, verifier, redirect string) (*
 	if err != nil {
 		return nil, err
 	}
-	req := wire.TokenRequest{Code: code, CodeVerifier: verifier, RedirectURI: redirect,
-		CSR: fresh.csr, Proof: jws, KeyProtection: c.key.Protection}
+	req := wire.TokenRequest{
+		Code: code, CodeVerifier: verifier, RedirectURI: redirect,
+		CSR: fresh.csr, Proof: jws, KeyProtection: c.key.Protection,
+	}
 	var g wire.Grant
 	if err := c.call(ctx, http.MethodPost, wire.PathToken, req, &g); err != nil {
 		return nil, err

@@ -128,8 +128,10 @@ func Open(m Machine, file string) (*Source, error) {
 		err = s.take(text)
 	}
 	if err != nil {
-		return nil, &sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: "usage.posture_file",
-			Message: "cannot use the posture file " + file + ": " + err.Error()}
+		return nil, &sallyport.Error{
+			Outcome: sallyport.OutcomeUsage, Code: "usage.posture_file",
+			Message: "cannot use the posture file " + file + ": " + err.Error(),
+		}
 	}
 	return s, nil
 }

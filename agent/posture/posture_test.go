@@ -62,8 +62,10 @@ func recorded(t *testing.T, name string) (posture.Machine, string) {
 		}
 		return nil, errors.New("exit status 1")
 	}
-	return posture.Machine{OS: "linux", FS: files, Run: run, Env: func(n string) string { return env[n] }, Home: "home/alice",
-		AgentVersion: "1.2.3", KeyProtection: "file"}, want
+	return posture.Machine{
+		OS: "linux", FS: files, Run: run, Env: func(n string) string { return env[n] }, Home: "home/alice",
+		AgentVersion: "1.2.3", KeyProtection: "file",
+	}, want
 }
 
 func TestRecordings(t *testing.T) {
@@ -76,8 +78,10 @@ func TestRecordings(t *testing.T) {
 			m, want := recorded(t, name)
 			var got strings.Builder
 			facts := m.Collect(t.Context())
-			for _, k := range []string{"os", "os_version", "kernel", "agent_version", "key_protection",
-				"disk_encrypted", "firewall", "screen_lock", "secure_boot"} {
+			for _, k := range []string{
+				"os", "os_version", "kernel", "agent_version", "key_protection",
+				"disk_encrypted", "firewall", "screen_lock", "secure_boot",
+			} {
 				if f, ok := facts[k]; ok {
 					fmt.Fprintf(&got, "%s %v\n", k, f.Value)
 					if f.Source != sallyport.SourceOS || time.Since(f.At) > time.Minute {
@@ -173,8 +177,10 @@ func TestOpenRefusesABadFile(t *testing.T) {
 
 // still is a machine of which nothing is known.
 func still() posture.Machine {
-	return posture.Machine{OS: "linux", FS: fstest.MapFS{}, Env: func(string) string { return "" },
-		Run: func(context.Context, string, ...string) ([]byte, error) { return nil, errors.New("none") }}
+	return posture.Machine{
+		OS: "linux", FS: fstest.MapFS{}, Env: func(string) string { return "" },
+		Run: func(context.Context, string, ...string) ([]byte, error) { return nil, errors.New("none") },
+	}
 }
 
 func TestWatch(t *testing.T) {

@@ -48,8 +48,10 @@ func DefaultPath() (string, error) {
 	}
 	home, err := os.UserHomeDir()
 	if err != nil {
-		return "", &sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: "state.no_home",
-			Message: "no directory to keep the session in", Hint: "set HOME or XDG_STATE_HOME", Err: err}
+		return "", &sallyport.Error{
+			Outcome: sallyport.OutcomeUsage, Code: "state.no_home",
+			Message: "no directory to keep the session in", Hint: "set HOME or XDG_STATE_HOME", Err: err,
+		}
 	}
 	return filepath.Join(home, ".local", "state", "sallyport"), nil
 }
@@ -144,8 +146,10 @@ func refuse(code, message, hint string) error {
 }
 
 func unusable(path string, err error) error {
-	return &sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: "state.unusable", Message: "cannot use " + path + ": " + cause(err),
-		Hint: "make it a directory of your own with mode 0700, or set XDG_STATE_HOME to one", Err: err}
+	return &sallyport.Error{
+		Outcome: sallyport.OutcomeUsage, Code: "state.unusable", Message: "cannot use " + path + ": " + cause(err),
+		Hint: "make it a directory of your own with mode 0700, or set XDG_STATE_HOME to one", Err: err,
+	}
 }
 
 // cause is the innermost word of an error: "permission denied".

@@ -5,6 +5,7 @@
 package daemons
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"net"
@@ -149,7 +150,7 @@ func Gateway(p *run.Process, l *GatewayListener, d Decider, keep func(context.Co
 	if err != nil {
 		return nil, err
 	}
-	cfg := p.Config.Gateway
+	cfg := gatewayConfig(p.Config)
 	cfg.PublicURL = l.URL
 	server, err := gateway.New(cfg, gateway.Deps{
 		Domain: p.Config.Domain, Authorizer: d, Explainer: d, Changes: d, Posture: d,
@@ -160,6 +161,14 @@ func Gateway(p *run.Process, l *GatewayListener, d Decider, keep func(context.Co
 	}
 	p.Go("gateway", func(ctx context.Context) error { return server.Serve(ctx, l.TCP, l.UDP) })
 	return server, nil
+}
+
+// gatewayConfig is the file's section gateway. A gateway waits for policyd as long
+// as policyd may take, where its own section does not say otherwise.
+func gatewayConfig(f *config.File) gateway.Config {
+	cfg := f.Gateway
+	cfg.Limits.DecisionTimeout = cmp.Or(cfg.Limits.DecisionTimeout, f.Policyd.DecisionTimeout)
+	return cfg
 }
 
 // ControlListener opens the mTLS listener of cached or policyd.
