@@ -43,6 +43,9 @@ type Deps struct {
 	// Certificate returns the tunnel host's certificate; it is called at each
 	// handshake. This field is required.
 	Certificate func() *tls.Certificate
+	// ResetKey is the same after a restart, and secret: agents trust it to tell them
+	// that their QUIC connection is no more. Zero: they wait for its idle timeout.
+	ResetKey [32]byte
 	// Metrics takes the gateway's figures; nil: nobody counts.
 	Metrics *telemetry.Registry
 	// Version is what /v1/events says hello with.
@@ -111,7 +114,7 @@ func New(cfg Config, deps Deps) (*Server, error) {
 	lanes := lane.NewServer(lane.ServerConfig{Domain: deps.Domain, Host: cfg.host(), Handler: s, Log: deps.Log})
 	s.quic = h3.NewServer(h3.ServerConfig{
 		TLS:    &tls.Config{MinVersion: tls.VersionTLS13, GetConfigForClient: s.tunnelQUIC},
-		Domain: deps.Domain, Host: cfg.host(), Handler: s, Log: deps.Log,
+		Domain: deps.Domain, Host: cfg.host(), Handler: s, ResetKey: deps.ResetKey, Log: deps.Log,
 	})
 	s.hosts[cfg.host()] = host{config: s.tunnelLane, serve: lanes.ServeConn}
 	return s, nil

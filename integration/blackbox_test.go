@@ -25,13 +25,13 @@ type world struct {
 	echo, reply, payroll *stack.Upstream
 }
 
-func newWorld(t *testing.T, mode stack.Mode) *world {
+func newWorld(t testing.TB, mode stack.Mode) *world {
 	t.Helper()
 	return newWorldWith(t, mode, func(*stack.Config) {})
 }
 
 // newWorldWith is newWorld with a changed configuration.
-func newWorldWith(t *testing.T, mode stack.Mode, edit func(*stack.Config)) *world {
+func newWorldWith(t testing.TB, mode stack.Mode, edit func(*stack.Config)) *world {
 	t.Helper()
 	w := &world{
 		agents: map[string]*stack.Agent{},
@@ -93,7 +93,7 @@ func TestCase_J11_OneSuiteBothModes(t *testing.T) {
 
 // loggedIn returns the user's agent, logged in. There is one for the whole suite,
 // because authd takes only so many logins a minute from one address.
-func (w *world) loggedIn(t *testing.T, user string) *stack.Agent {
+func (w *world) loggedIn(t testing.TB, user string) *stack.Agent {
 	t.Helper()
 	a := w.agents[user]
 	if a == nil {

@@ -63,7 +63,8 @@ func TestSleep_SessionAlive(t *testing.T) {
 		t.Run(transport, func(t *testing.T) {
 			t.Parallel() // it waits, mostly
 			w, _, tun := asleep(t, transport, "--no-browser")
-			early := tun.Dial(t) // by a program that does not know of the sleep
+			early := tun.Dial(t)                  // by a program that does not know of the sleep
+			w.Restart("gateway", syscall.SIGKILL) // whatever was open has died without a word
 			overslept(t)
 			wantLivingSession(t, w)
 			began := time.Now()

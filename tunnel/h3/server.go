@@ -36,6 +36,10 @@ type ServerConfig struct {
 	Host string
 	// Handler serves what arrives. This field is required.
 	Handler tunnel.Handler
+	// ResetKey makes the tokens of stateless resets (RFC 9000, section 10.3). One
+	// that outlives the process lets agents learn of a crash at their next packet,
+	// not after the idle timeout. Zero: a random one.
+	ResetKey [32]byte
 	// Log gets one line a refused connection at debug level; nil: none.
 	Log logging.Logger
 }
@@ -75,11 +79,13 @@ type connKey struct{}
 // not close pc.
 func (s *Server) Serve(ctx context.Context, pc net.PacketConn) error {
 	limiter := rate.NewLimiter(freeHandshakes, freeHandshakes)
-	var resetKey quic.StatelessResetKey
-	rand.Read(resetKey[:])
+	resetKey := quic.StatelessResetKey(s.cfg.ResetKey)
+	if resetKey == (quic.StatelessResetKey{}) {
+		rand.Read(resetKey[:])
+	}
 	transport := &quic.Transport{
 		Conn:                batched(pc),
-		StatelessResetKey:   &resetKey, // an agent learns of a restart at its next packet
+		StatelessResetKey:   &resetKey,
 		VerifySourceAddress: func(net.Addr) bool { return !limiter.Allow() },
 	}
 	defer transport.Close()

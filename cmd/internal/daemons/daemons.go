@@ -6,6 +6,8 @@ package daemons
 
 import (
 	"context"
+	"crypto/hkdf"
+	"crypto/sha256"
 	"crypto/tls"
 	"net"
 	"net/http"
@@ -149,17 +151,33 @@ func Gateway(p *run.Process, l *GatewayListener, d Decider, keep func(context.Co
 	if err != nil {
 		return nil, err
 	}
+	resetKey, err := quicResetKey(p.Config.Layout())
+	if err != nil {
+		return nil, err
+	}
 	cfg := p.Config.Gateway
 	cfg.PublicURL = l.URL
 	server, err := gateway.New(cfg, gateway.Deps{
 		Domain: p.Config.Domain, Authorizer: d, Explainer: d, Changes: d, Posture: d,
-		Audit: auditor, Log: p.Log.Named("gateway"), Certificate: l.certificate, Version: run.Version(), Metrics: p.Metrics(),
+		Audit: auditor, Log: p.Log.Named("gateway"), Certificate: l.certificate, ResetKey: resetKey, Version: run.Version(), Metrics: p.Metrics(),
 	})
 	if err != nil {
 		return nil, err
 	}
 	p.Go("gateway", func(ctx context.Context) error { return server.Serve(ctx, l.TCP, l.UDP) })
 	return server, nil
+}
+
+// quicResetKey derives the gateway's reset key from the one key that every gateway
+// has on its disk.
+func quicResetKey(layout config.Layout) (key [32]byte, err error) {
+	secret, err := layout.AuditKey("gateway")
+	if err != nil {
+		return key, err
+	}
+	derived, err := hkdf.Key(sha256.New, secret.Seed(), nil, "sallyport quic stateless reset", len(key))
+	copy(key[:], derived)
+	return key, err
 }
 
 // ControlListener opens the mTLS listener of cached or policyd.
