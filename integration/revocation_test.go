@@ -20,7 +20,7 @@ import (
 const (
 	liveFlows   = 1000
 	flowAgents  = 4                      // processes that share the flows
-	chatter     = 250 * time.Millisecond // between two bytes of a flow
+	chatter     = 500 * time.Millisecond // between two bytes of a flow
 	revokeBound = time.Second            // DESIGN, section 6
 )
 
