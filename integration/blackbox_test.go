@@ -25,13 +25,13 @@ type world struct {
 	echo, reply, payroll *stack.Upstream
 }
 
-func newWorld(t *testing.T, mode stack.Mode) *world {
+func newWorld(t testing.TB, mode stack.Mode) *world {
 	t.Helper()
 	return newWorldWith(t, mode, func(*stack.Config) {})
 }
 
 // newWorldWith is newWorld with a changed configuration.
-func newWorldWith(t *testing.T, mode stack.Mode, edit func(*stack.Config)) *world {
+func newWorldWith(t testing.TB, mode stack.Mode, edit func(*stack.Config)) *world {
 	t.Helper()
 	w := &world{
 		agents: map[string]*stack.Agent{},
@@ -93,7 +93,7 @@ func TestCase_J11_OneSuiteBothModes(t *testing.T) {
 
 // loggedIn returns the user's agent, logged in. There is one for the whole suite,
 // because authd takes only so many logins a minute from one address.
-func (w *world) loggedIn(t *testing.T, user string) *stack.Agent {
+func (w *world) loggedIn(t testing.TB, user string) *stack.Agent {
 	t.Helper()
 	a := w.agents[user]
 	if a == nil {
@@ -409,4 +409,27 @@ func wantExit(t *testing.T, r stack.Result, want int) {
 	if r.Exit != want {
 		t.Errorf("exit code %d; want %d\n%s%s", r.Exit, want, r.Stderr, r.Stdout)
 	}
+}
+
+// openConn opens a port and one connection through it.
+func openConn(t *testing.T, a *stack.Agent) (*stack.Tunnel, net.Conn) {
+	t.Helper()
+	tun := a.Connect("db.internal:5432")
+	c := tun.Dial(t)
+	if err := stack.Echo(c, "before"); err != nil {
+		t.Fatal(err)
+	}
+	return tun, c
+}
+
+// recovers wants a new connection soon.
+func recovers(t *testing.T, a *stack.Agent) {
+	t.Helper()
+	stack.Eventually(t, 10*time.Second, func() error {
+		tun, err := a.TryConnect("db.internal:5432")
+		if err != nil {
+			return err
+		}
+		return dialEcho(tun, "again")
+	})
 }

@@ -7,6 +7,7 @@ require (
 	github.com/dexidp/dex v0.0.0-20260806151424-ab64ed778070
 	github.com/go-jose/go-jose/v4 v4.1.8
 	golang.org/x/crypto v0.57.0
+	golang.org/x/sync v0.24.0
 	sallyport v0.0.0
 )
 
