@@ -21,7 +21,9 @@ import (
 	"sallyport/tunnel"
 )
 
-// NextProto is the ALPN protocol of a lane; a handshake without it is refused.
+// NextProto is the ALPN protocol of a lane. A handshake that names others is
+// refused; one that names none means this (RFC 7301, section 3.1, leaves that to
+// the port), because curl 7 names none to a proxy: docs/adr/0011.
 const NextProto = "http/1.1"
 
 // Name is the carrier's name as people see it.
@@ -106,7 +108,11 @@ func (s *Server) peerOf(ctx context.Context, c *tls.Conn) (tunnel.Peer, error) {
 	if err := c.HandshakeContext(ctx); err != nil {
 		return tunnel.Peer{}, fmt.Errorf("handshake: %w", err)
 	}
-	return tunnel.PeerOf(c.ConnectionState(), s.cfg.Domain, s.host, NextProto, Name)
+	state := c.ConnectionState()
+	if state.NegotiatedProtocol == "" {
+		state.NegotiatedProtocol = NextProto
+	}
+	return tunnel.PeerOf(state, s.cfg.Domain, s.host, NextProto, Name)
 }
 
 // turnAway answers the first request of a connection that was not admitted,
