@@ -73,7 +73,7 @@ type Session struct {
 const (
 	defaultLifetime    = 12 * time.Hour
 	defaultCertificate = time.Hour
-	minCertificate     = time.Minute
+	minCertificate     = 20 * time.Second // half of it is the agents' margin for the way and the clock
 	maxCertificate     = 24 * time.Hour
 )
 

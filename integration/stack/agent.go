@@ -102,6 +102,9 @@ func (a *Agent) LoginWith(fill map[string]string) {
 
 var authorizeURL = regexp.MustCompile(`https://\S+/authorize\S+`)
 
+// AuthorizeURL finds in the agent's words the address that a browser is to open.
+func AuthorizeURL(text string) string { return authorizeURL.FindString(text) }
+
 // StartLogin starts agent login and returns the address it wants opened.
 func (a *Agent) StartLogin() (p *Process, address string) {
 	a.t.Helper()

@@ -36,6 +36,11 @@ type ServerConfig struct {
 	Host string
 	// Handler serves what arrives. This field is required.
 	Handler tunnel.Handler
+	// ResetKey lets agents learn at their next packet that a gateway has restarted
+	// (RFC 9000, section 10.3), so it has to outlive the process, and be this
+	// gateway's alone. The zero key is replaced by a random one: agents then notice
+	// a killed gateway only when it has been silent for 45 s.
+	ResetKey [32]byte
 	// Log gets one line a refused connection at debug level; nil: none.
 	Log logging.Logger
 }
@@ -75,11 +80,13 @@ type connKey struct{}
 // not close pc.
 func (s *Server) Serve(ctx context.Context, pc net.PacketConn) error {
 	limiter := rate.NewLimiter(freeHandshakes, freeHandshakes)
-	var resetKey quic.StatelessResetKey
-	rand.Read(resetKey[:])
+	resetKey := quic.StatelessResetKey(s.cfg.ResetKey)
+	if s.cfg.ResetKey == [32]byte{} {
+		rand.Read(resetKey[:])
+	}
 	transport := &quic.Transport{
 		Conn:                batched(pc),
-		StatelessResetKey:   &resetKey, // an agent learns of a restart at its next packet
+		StatelessResetKey:   &resetKey,
 		VerifySourceAddress: func(net.Addr) bool { return !limiter.Allow() },
 	}
 	defer transport.Close()

@@ -254,20 +254,25 @@ func (c *serverConn) RemoteAddr() netip.AddrPort { return c.addr }
 
 // Close implements tunnel.ServerConn. An open flow is reset, for an end would
 // look as if the service had finished; what an event stream has sent still
-// arrives.
+// arrives. It does not wait: the end of the stream stands in line behind an
+// answer that the client may not read.
 func (c *serverConn) Close(uint64, string) {
 	c.mu.Lock()
 	flow := c.flow
 	c.mu.Unlock()
 	if flow != nil {
 		flow.Reset(0)
-	} else {
+		c.cancel()
+		return
+	}
+	go func() {
+		defer time.AfterFunc(linger, c.cancel).Stop()
 		c.tls.CloseWrite()
 		if tcp, ok := c.raw.(*net.TCPConn); ok {
 			tcp.CloseWrite()
 		}
-	}
-	c.cancel()
+		c.cancel()
+	}()
 }
 
 // abort ends everything at once; it is what the end of ctx does.

@@ -150,11 +150,15 @@ func Gateway(p *run.Process, l *GatewayListener, d Decider, keep func(context.Co
 	if err != nil {
 		return nil, err
 	}
+	reset, err := p.Config.Layout().Secret(config.ResetKey)
+	if err != nil {
+		return nil, err
+	}
 	cfg := gatewayConfig(p.Config)
 	cfg.PublicURL = l.URL
 	server, err := gateway.New(cfg, gateway.Deps{
 		Domain: p.Config.Domain, Authorizer: d, Explainer: d, Changes: d, Posture: d,
-		Audit: auditor, Log: p.Log.Named("gateway"), Certificate: l.certificate, Version: run.Version(), Metrics: p.Metrics(),
+		Audit: auditor, Log: p.Log.Named("gateway"), Certificate: l.certificate, ResetKey: reset, Version: run.Version(), Metrics: p.Metrics(),
 	})
 	if err != nil {
 		return nil, err
