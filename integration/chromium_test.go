@@ -30,6 +30,7 @@ func TestChromium(t *testing.T) {
 	a := s.NewAgent(t, "alice")
 	home := trustingHome(t, s)
 
+	t.Run("BROWSER is no shell script", func(t *testing.T) { testBrowserWords(t, s, a) })
 	const end = `body:not(:has(form)) h1` // a page that asks for nothing more
 	t.Run("no", func(t *testing.T) {
 		login, tab := openLogin(t, s, a, home)
@@ -73,6 +74,22 @@ func TestChromium(t *testing.T) {
 			t.Fatalf("exit code %d; want 0\n%s", code, login.Stderr())
 		}
 	})
+}
+
+// testBrowserWords is case Q3 with the desktop's own xdg-open: what stands in
+// $BROWSER is never read by a shell.
+func testBrowserWords(t *testing.T, s *stack.Stack, a *stack.Agent) {
+	need(t, "xdg-open", "xdg-utils")
+	dir := t.TempDir()
+	made := filepath.Join(dir, "made")
+	c := a.Command("login", s.AuthdURL(), "--ca", s.CAFile(), "--key-store", "file", "--timeout", "2s")
+	c.Env = append(c.Env, fmt.Sprintf("BROWSER=no-such-browser; touch %[1]s; x & $(touch %[1]s) `touch %[1]s`", made))
+	r := stack.Run(t, c)
+	wantExit(t, r, stack.ExitLogin)
+	wantWords(t, r.Stderr, "/authorize?", "nobody finished the login within 2s")
+	if _, err := os.Stat(made); err == nil {
+		t.Error("a shell has read $BROWSER")
+	}
 }
 
 // trustingHome is a home directory whose NSS database, which Chromium reads,

@@ -66,6 +66,7 @@ func TestClients(t *testing.T) {
 		{"ssh with ProxyCommand", func(t *testing.T) { testProxyCommand(t, a.In(t), host) }},
 		{"curl", func(t *testing.T) { testCurl(t, s) }},
 		{"agent nc", func(t *testing.T) { testNc(t, a.In(t)) }},
+		{"a port below 1024", func(t *testing.T) { testPrivilegedPort(t, a.In(t)) }},
 	} {
 		t.Run(c.name, c.run)
 	}
@@ -374,6 +375,26 @@ func testNc(t *testing.T, a *stack.Agent) {
 	if r.Stdout != "" {
 		t.Errorf("agent nc writes %q where only the service's bytes belong", r.Stdout)
 	}
+}
+
+// testPrivilegedPort is case Q2: a port that needs a right, without that right.
+func testPrivilegedPort(t *testing.T, a *stack.Agent) {
+	c := a.Command("connect", "wiki.internal:80", "--listen", "127.0.0.1:1", "--exec", "true")
+	if os.Geteuid() == 0 {
+		c.Args = append([]string{"--bounding-set=-net_bind_service", "--inh-caps=-net_bind_service", a.Path()}, c.Args...)
+		c.Program = need(t, "setpriv", "util-linux")
+	}
+	first, err := os.ReadFile("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := stack.Run(t, c)
+	if n := strings.TrimSpace(string(first)); n == "0" || n == "1" {
+		wantExit(t, r, 0) // containers often let everybody have every port
+		return
+	}
+	wantExit(t, r, stack.ExitConflict)
+	wantWords(t, r.Stderr, "port 1 needs a right that you do not have", "fix:")
 }
 
 func wantWords(t *testing.T, said string, words ...string) {
