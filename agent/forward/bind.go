@@ -32,16 +32,6 @@ type Bound struct {
 	net.Listener
 	// Note says in words why it is not the target's own port; empty otherwise.
 	Note string
-	path string // unix socket to remove
-}
-
-// Close closes the listener.
-func (b *Bound) Close() error {
-	err := b.Listener.Close()
-	if b.path != "" {
-		os.Remove(b.path)
-	}
-	return err
 }
 
 // Bind opens the local end of a target. A port that the person named is the one
@@ -174,7 +164,7 @@ func bindUnix(ctx context.Context, path string) (*Bound, error) {
 			Message: "cannot close the socket " + path + " to other users", Err: err,
 		}
 	}
-	return &Bound{Listener: l, path: path}, nil
+	return &Bound{Listener: l}, nil // closing it removes the path, first of all
 }
 
 // cause is the system's own word for what went wrong.
