@@ -14,6 +14,7 @@ ARGS     ?=
 DURATION ?= 1m
 FUZZTIME ?= 20s
 KILLS    ?= 25
+ROUNDS   ?= 3
 TOOL     := go tool -modfile=tools/go.mod
 
 # Only what opens SQLite needs a C compiler.
@@ -79,9 +80,11 @@ fuzz: ## each fuzz target for FUZZTIME (20s)
 	  done; done
 
 .PHONY: bench
-bench: build ## benchmarks, and whole stacks beside ssh -L in the same run
-	go test -run '^$$' -bench . -benchmem ./...
-	cd integration && go test -run '^$$' -bench . -benchtime 1x -timeout 30m ./...
+bench: build ## both carriers beside ssh -L in ROUNDS (3) rounds, revocation, all benchmarks, sizes
+	cd integration && SALLYPORT_BIN=$(CURDIR)/bin go test -run '^$$' -bench Peers -benchtime 1x -timeout 30m ./peers -args -rounds=$(ROUNDS) -json=$(CURDIR)/bin/bench.jsonl
+	cd integration && SALLYPORT_BIN=$(CURDIR)/bin go test -run '^$$' -bench . -benchtime 1x -timeout 30m .
+	go test -run '^$$' -bench . -benchmem -benchtime 0.3s ./... | grep -E 'Benchmark|^pkg|FAIL|fatal|panic|_test.go'
+	@cd bin && echo && stat -c '%s %n' $(PURE) $(CGO) | awk 'BEGIN {print "| program | MB |\n|---|---:|"} {printf "| %s | %.1f |\n", $$2, $$1/1e6}'
 
 .PHONY: crash
 crash: build ## kill -9 cached under load KILLS (25) times, with a ledger kept outside

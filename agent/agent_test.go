@@ -46,7 +46,7 @@ func newPerson(t *testing.T, site *agenttest.Site) *person {
 
 // browser visits whatever login page is shown.
 func (p *person) browser() login.Options {
-	return login.Options{Show: func(string) {}, Timeout: 10 * time.Second, Browser: func(url string) error {
+	return login.Options{Show: func(string, string) {}, Timeout: 10 * time.Second, Browser: func(url string) error {
 		p.asked.Add(1)
 		return agenttest.Visit(p.site.ClientTLS(), url)
 	}}

@@ -41,10 +41,15 @@ type Local struct {
 	Down   int64            `json:"bytes_down"`
 }
 
-const publishEvery = time.Second
+const (
+	publishEvery = time.Second
+	// publishPause is between two writes at least. Each writes all flows: a burst
+	// of thousands must not write thousands of times.
+	publishPause = 100 * time.Millisecond
+)
 
-// Publish writes what locals returns into run/ now, at each wake, and each second
-// while it changes, until ctx ends; then it removes the file.
+// Publish writes what locals returns into run/ now, soon after each wake, and each
+// second while it changes, until ctx ends; then it removes the file.
 func (a *Agent) Publish(ctx context.Context, command string, wake <-chan struct{}, locals func() []Local) error {
 	run, err := a.state.Sub("run")
 	if err != nil {
@@ -70,11 +75,12 @@ func (a *Agent) Publish(ctx context.Context, command string, wake <-chan struct{
 		if l, ok := a.Link(); ok {
 			p.Link = &l
 		}
-		if b, err := json.Marshal(p); err == nil && !slices.Equal(b, last) {
+		p.Updated = time.Time{} // no change by itself
+		b, err := json.Marshal(p)
+		p.Updated = time.Now().UTC().Round(time.Millisecond)
+		if err == nil && !slices.Equal(b, last) {
 			last = b
-			now := p
-			now.Updated = time.Now().UTC().Round(time.Millisecond)
-			if err := run.WriteJSON(name+".json", now); err != nil {
+			if err := run.WriteJSON(name+".json", p); err != nil {
 				return err
 			}
 		}
@@ -83,6 +89,11 @@ func (a *Agent) Publish(ctx context.Context, command string, wake <-chan struct{
 			return nil
 		case <-wake:
 		case <-tick.C:
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(max(0, publishPause-time.Since(p.Updated))):
 		}
 	}
 }

@@ -306,7 +306,7 @@ func (s *Server) askConsent(c *call, id string, agent agentRequest, person oidcr
 		Facts: []page.Fact{
 			{Name: "You", Value: nameOf(person)},
 			{Name: "Device, as it calls itself", Value: name},
-			{Name: "Fingerprint of its key", Value: "SHA256:" + agent.Thumbprint, Code: true},
+			{Name: "Fingerprint of its key", Value: proof.Fingerprint(agent.Thumbprint), Code: true},
 			{Name: "Your address", Value: address, Code: true},
 		},
 		Form: &page.Form{

@@ -20,6 +20,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -79,15 +80,32 @@ func (c *clock) advance(d time.Duration) {
 // recording is cached with a memory of everything that was written.
 type recording struct {
 	*cached.Server
-	mu  sync.Mutex
-	ops []sallyport.Op
+	mu     sync.Mutex
+	ops    []sallyport.Op
+	before func(batch []sallyport.Op) // runs before a batch is written
 }
 
 func (r *recording) Apply(ctx context.Context, batch []sallyport.Op) (sallyport.Revision, error) {
 	r.mu.Lock()
 	r.ops = append(r.ops, batch...)
+	before := r.before
 	r.mu.Unlock()
+	if before != nil {
+		before(batch)
+	}
 	return r.Server.Apply(ctx, batch)
+}
+
+// beforeSession runs f once, right before a batch with a session is written.
+func (r *recording) beforeSession(f func()) {
+	var once sync.Once
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.before = func(batch []sallyport.Op) {
+		if slices.ContainsFunc(batch, func(op sallyport.Op) bool { return op.Kind == sallyport.KindSession }) {
+			once.Do(f)
+		}
+	}
 }
 
 // logBuffer keeps what daemons log.

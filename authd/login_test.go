@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -12,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"sallyport"
+	"sallyport/authd"
 	"sallyport/proto/connect"
 	"sallyport/proto/login"
 )
@@ -292,6 +294,68 @@ func TestReloadOfUsersTakesEffectAtOnce(t *testing.T) {
 	}
 	if u := record[sallyport.User](w, sallyport.KindUser, "alice"); u.Disabled {
 		t.Error("a user who came back is still disabled")
+	}
+}
+
+// A login that is written just after its user was removed must not outlive that.
+func TestRemovedDuringTheLogin(t *testing.T) {
+	w := withEmbedded(t)
+	w.run()
+	without := w.cfg
+	without.Users = w.cfg.Users[1:]
+	w.records.beforeSession(func() {
+		if err := w.server.Reload(without); err != nil {
+			t.Error(err)
+		}
+	})
+	a := w.agent()
+	code := a.code(w.browse(w.browser(), a.authorizeURL())) // alice's first: nothing is known of her until it is written
+	w.refused(login.PathToken, a.tokenRequest(code), http.StatusBadRequest, "login.user_unknown")
+	if u := record[sallyport.User](w, sallyport.KindUser, "alice"); !u.Disabled {
+		t.Error("a user who was removed during the login is not disabled")
+	}
+	if logins, err := w.records.List(t.Context(), sallyport.KindLogin); err != nil || len(logins) != 0 {
+		t.Errorf("%d logins of a removed user, %v; want none", len(logins), err)
+	}
+}
+
+// Groups that change while a login is written are those of afterwards.
+func TestGroupsChangedDuringTheLogin(t *testing.T) {
+	w := withEmbedded(t)
+	w.run()
+	w.records.beforeSession(func() {
+		fewer := w.cfg
+		fewer.Users = slices.Clone(fewer.Users)
+		fewer.Users[0].Groups = []string{"staff"}
+		if err := w.server.Reload(fewer); err != nil {
+			t.Error(err)
+		}
+	})
+	w.agent().login(w.browser())
+	groups := record[sallyport.DirectoryUser](w, sallyport.KindDirectoryUser, "alice").Groups
+	if diff := cmp.Diff([]sallyport.Group{{ID: "staff"}}, groups); diff != "" {
+		t.Errorf("groups after the login (-want +got):\n%s", diff)
+	}
+}
+
+// Who comes back logs in again: what stood open before the removal stays shut.
+func TestSessionsOfARemovedUserAreNotRevived(t *testing.T) {
+	w := withEmbedded(t)
+	w.run()
+	a := w.agent()
+	g := a.login(w.browser())
+	without := w.cfg
+	without.Users = w.cfg.Users[1:]
+	for _, cfg := range []authd.Config{without, w.cfg} {
+		if err := w.server.Reload(cfg); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, p, status := a.renew(g.Session); status != http.StatusUnauthorized {
+		t.Errorf("renewal of a session from before the removal: got %d %s; want 401", status, p.Code)
+	}
+	if g := a.login(w.browser()); g.User != "alice" {
+		t.Errorf("a new login is of %q", g.User)
 	}
 }
 

@@ -82,6 +82,7 @@ type composed struct {
 	batch   []sallyport.Op
 	session sallyport.Session
 	user    sallyport.User
+	groups  []string
 }
 
 // compose reads what stands and builds the batch that makes the login: user,
@@ -110,7 +111,7 @@ func (s *Server) compose(ctx ctx, o opening) (composed, error) {
 	if err != nil {
 		return composed{}, err
 	}
-	made.batch = append(batch, made.batch...)
+	made.batch, made.groups = append(batch, made.batch...), groups
 	return made, nil
 }
 
@@ -129,7 +130,7 @@ func (s *Server) groupsOf(p oidcrp.Identity) ([]string, error) {
 	}
 	u, ok := s.idp.User(p.Subject)
 	if !ok {
-		return nil, refusal("login.user_unknown", "your account was removed", nil)
+		return nil, errUserUnknown()
 	}
 	return u.Groups, nil
 }
@@ -203,7 +204,7 @@ func (s *Server) composeSession(ctx ctx, o opening, user sallyport.User) (compos
 	if o.person.RefreshToken != "" {
 		batch = append(batch, s.vault.token(l.ID, o.person.RefreshToken, l.Expires))
 	}
-	return composed{batch, session, user}, nil
+	return composed{batch: batch, session: session, user: user}, nil
 }
 
 // prolong gives a live session a later end, if the same person logged in again on
@@ -227,7 +228,7 @@ func (s *Server) prolong(ctx ctx, o opening, user sallyport.User, now time.Time)
 	if o.person.RefreshToken != "" {
 		batch = append(batch, s.vault.token(l.ID, o.person.RefreshToken, l.Expires))
 	}
-	return composed{batch, session, user}, nil
+	return composed{batch: batch, session: session, user: user}, nil
 }
 
 // sessionEnd is the login's end, or sooner with an idle limit.
@@ -285,66 +286,119 @@ func (s *Server) liveSession(ctx ctx, id sallyport.SessionID) (live liveSession,
 	return live, nil
 }
 
+// caughtUp looks whether the embedded provider's users changed while a login of
+// one was being written: whoever took the change over may not have seen it yet.
+func (s *Server) caughtUp(ctx ctx, made composed) error {
+	if s.idp == nil {
+		return nil
+	}
+	u, known := s.idp.User(string(made.user.ID))
+	if known && slices.Equal(u.Groups, made.groups) {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), reloadTimeout)
+	defer cancel()
+	if err := s.syncDirectory(ctx); err != nil {
+		return err
+	}
+	if !known {
+		return errUserUnknown()
+	}
+	return nil
+}
+
+func errUserUnknown() error {
+	return refusal("login.user_unknown", "your account was removed", nil)
+}
+
+// syncBatch is how many changes of the directory are written at once.
+const syncBatch = 5_000
+
 // syncDirectory makes the records say of every user what the embedded provider's
 // configuration says, at once: groups, and that those who are no longer in it are
-// disabled. Flows that lose their reason by this end within the second.
-func (s *Server) syncDirectory(ctx ctx) error {
+// disabled and have no login. Flows that lose their reason by this end within the
+// second.
+func (s *Server) syncDirectory(ctx ctx) (err error) {
 	for range maxAttempts {
-		batch, err := s.directoryChanges(ctx)
-		if err != nil || len(batch) == 0 {
+		var changes []sallyport.Op
+		if changes, err = s.directoryChanges(ctx); err != nil {
 			return err
 		}
-		_, err = s.deps.Records.Apply(ctx, batch)
+		for batch := range slices.Chunk(changes, syncBatch) {
+			if _, err = s.deps.Records.Apply(ctx, batch); err != nil {
+				break
+			}
+		}
 		if !errors.Is(err, sallyport.ErrConflict) {
 			return err
 		}
 	}
-	return sallyport.ErrConflict
+	return err
 }
 
 func (s *Server) directoryChanges(ctx ctx) ([]sallyport.Op, error) {
-	users, groups, err := s.people(ctx)
+	now, err := s.people(ctx)
 	if err != nil {
 		return nil, err
 	}
 	var batch []sallyport.Op
 	for _, u := range s.idp.Users() {
 		id := sallyport.UserID(u.ID)
-		rec := groups[u.ID]
+		rec := now.groups[u.ID]
 		op := sallyport.Put(sallyport.KindDirectoryUser, u.ID, directoryUser(id, u.Email, u.Groups))
 		op.If = sallyport.Condition{Revision: rec.Revision, Absent: rec.Revision == 0}
 		batch = changed(batch, op, rec.Payload)
 	}
-	for _, id := range slices.Sorted(maps.Keys(users)) {
-		rec := users[id]
+	for _, id := range slices.Sorted(maps.Keys(now.users)) {
+		rec := now.users[id]
 		user, err := sallyport.Decode[sallyport.User](rec)
 		if err != nil {
 			return nil, err
 		}
 		_, configured := s.idp.User(id)
-		if user.Issuer != s.issuer || user.Disabled == !configured {
+		if user.Issuer != s.issuer {
 			continue
 		}
-		user.Disabled = !configured
-		op := sallyport.Put(sallyport.KindUser, id, user)
-		op.If.Revision = rec.Revision
-		batch = append(batch, op)
+		if user.Disabled == configured {
+			user.Disabled = !configured
+			op := sallyport.Put(sallyport.KindUser, id, user)
+			op.If.Revision = rec.Revision
+			batch = append(batch, op)
+		}
+		if configured {
+			continue
+		}
+		// Disabled ends the sessions; this keeps them ended when the user comes back.
+		for _, login := range now.logins[user.ID] {
+			batch = append(batch, sallyport.Op{Kind: sallyport.KindLogin, ID: login, Delete: true})
+		}
 	}
 	return batch, nil
 }
 
-// people returns the records of all users and of what the directory says of
-// them, by user id.
-func (s *Server) people(ctx ctx) (users, groups map[string]sallyport.Record, err error) {
-	users, groups = make(map[string]sallyport.Record), make(map[string]sallyport.Record)
+// people are the records of all users, of what the directory says of them, and
+// the ids of their logins, by user id.
+type people struct {
+	users, groups map[string]sallyport.Record
+	logins        map[sallyport.UserID][]string
+}
+
+func (s *Server) people(ctx ctx) (people, error) {
+	p := people{make(map[string]sallyport.Record), make(map[string]sallyport.Record), make(map[sallyport.UserID][]string)}
 	errEnd := errors.New("snapshot is complete")
-	q := sallyport.WatchRequest{Kinds: []sallyport.Kind{sallyport.KindUser, sallyport.KindDirectoryUser}}
-	err = s.deps.Records.Watch(ctx, q, func(e sallyport.WatchEvent) error {
+	q := sallyport.WatchRequest{Kinds: []sallyport.Kind{sallyport.KindUser, sallyport.KindDirectoryUser, sallyport.KindLogin}}
+	err := s.deps.Records.Watch(ctx, q, func(e sallyport.WatchEvent) error {
 		for _, rec := range e.Records {
-			if rec.Kind == sallyport.KindUser {
-				users[rec.ID] = rec
-			} else {
-				groups[rec.ID] = rec
+			switch rec.Kind {
+			case sallyport.KindUser:
+				p.users[rec.ID] = rec
+			case sallyport.KindDirectoryUser:
+				p.groups[rec.ID] = rec
+			case sallyport.KindLogin:
+				// One that cannot be read is none to policyd either.
+				if login, err := sallyport.Decode[sallyport.Login](rec); err == nil {
+					p.logins[login.User] = append(p.logins[login.User], rec.ID)
+				}
 			}
 		}
 		if e.Type == sallyport.WatchEnd {
@@ -353,9 +407,9 @@ func (s *Server) people(ctx ctx) (users, groups map[string]sallyport.Record, err
 		return nil
 	})
 	if !errors.Is(err, errEnd) {
-		return nil, nil, err
+		return people{}, err
 	}
-	return users, groups, nil
+	return p, nil
 }
 
 func parsePKIX(der []byte) (crypto.PublicKey, error) { return x509.ParsePKIXPublicKey(der) }

@@ -138,6 +138,9 @@ func (s *Server) redeem(c *call, req login.TokenRequest, held pendingCode, consu
 		}
 		_, err = s.deps.Records.Apply(c.ctx(), append(made.batch, consume, useNonce))
 		if err == nil {
+			if err := s.caughtUp(c.ctx(), made); err != nil {
+				return login.Grant{}, err
+			}
 			s.log.Info("login", "user", made.user.ID, "session", made.session.ID, "device", key.ID, "peer", c.r.RemoteAddr)
 			return grant, nil
 		}

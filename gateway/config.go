@@ -53,7 +53,8 @@ type Limits struct {
 	// Handshakes is how many TLS handshakes may be under way at the same time
 	// (4096). One source address may hold a quarter of them.
 	Handshakes int `yaml:"handshakes"`
-	// DecisionTimeout is how long policyd may take to answer (2s).
+	// DecisionTimeout is how long policyd may take to answer (2s; the daemons take
+	// policyd.decision_timeout where the file has it).
 	DecisionTimeout time.Duration `yaml:"decision_timeout"`
 	// DialTimeout is how long a service may take to accept (10s).
 	DialTimeout time.Duration `yaml:"dial_timeout"`

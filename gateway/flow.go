@@ -74,25 +74,39 @@ func (s *Server) Connect(ctx context.Context, st tunnel.ServerStream) {
 	}
 	defer s.table.drop(g)
 
+	down, up := s.begin(ctx, st, g, began)
+	if down == nil {
+		return
+	}
+	result := s.splice(ctx, down, up)
+	s.flowEnded(ctx, g, result, time.Since(began))
+}
+
+// begin answers the CONNECT; down is nil if it did not become a flow. A flow's
+// stack holds Connect as long as it lives, and this not.
+func (s *Server) begin(ctx context.Context, st tunnel.ServerStream, g *grant, began time.Time) (down tunnel.Conn, up relay.Conn) {
 	up, refusal := s.open(ctx, g)
 	if refusal != nil {
 		s.refuse(st, g, refusal)
-		return
+		return nil, nil
 	}
 	down, err := st.Accept(acceptHeader(g.flow, s.table.decisionOf(g)))
 	if err != nil {
 		up.Reset(0)
 		s.auditClose(ctx, g, "client_gone", relay.Result{Err: err})
-		return
+		return nil, nil
 	}
 	s.log.Debug("flow open", "flow", g.flow, "session", g.session, "target", g.target.String(), "took", time.Since(began))
-	result := relay.Splice(ctx, down, up, relay.Options{
+	return down, up
+}
+
+func (s *Server) splice(ctx context.Context, down tunnel.Conn, up relay.Conn) relay.Result {
+	return relay.Splice(ctx, down, up, relay.Options{
 		Idle:      s.limits.Idle,
 		UpReset:   connect.CodeUpstreamReset,
 		Withdrawn: connect.CodeFlowWithdrawn,
 		IdleReset: connect.CodeFlowWithdrawn,
 	})
-	s.flowEnded(ctx, g, result, time.Since(began))
 }
 
 // open decides and dials until both agree: when it returns a connection, g is

@@ -158,20 +158,30 @@ func passing(err error) bool {
 	return false
 }
 
-// serveConn does the handshake, within its own time, and hands the connection
-// to its host.
+// serveConn hands the connection to its host after the handshake. Its stack lives
+// as long as the connection, so what is only needed before stays in functions of
+// its own, here and in what is called below.
 func (s *Server) serveConn(ctx context.Context, c net.Conn, config *tls.Config, shaken func()) {
 	t := tls.Server(lane.Socket(c), config)
-	hctx, cancel := context.WithTimeout(ctx, tunnel.HandshakeTimeout)
-	err := t.HandshakeContext(hctx)
-	cancel()
+	name, err := shakeHands(ctx, t)
 	shaken()
 	if err != nil {
 		s.log.Debug("handshake refused", "peer", c.RemoteAddr().String(), "error", connect.Printable(err.Error(), 200))
 		c.Close()
 		return
 	}
-	s.hosts[strings.ToLower(t.ConnectionState().ServerName)].serve(ctx, t)
+	s.hosts[name].serve(ctx, t)
+}
+
+// shakeHands does the handshake, within its own time, and returns the host that
+// was asked for.
+func shakeHands(ctx context.Context, t *tls.Conn) (name string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, tunnel.HandshakeTimeout)
+	defer cancel()
+	if err := t.HandshakeContext(ctx); err != nil {
+		return "", err
+	}
+	return strings.ToLower(t.ConnectionState().ServerName), nil
 }
 
 // budget bounds what is under way from all sources, and from one.

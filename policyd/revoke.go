@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode"
 
 	"sallyport"
 	"sallyport/internal/backoff"
@@ -15,10 +16,11 @@ import (
 )
 
 const (
-	maxSubjects = 1_000           // of one revocation
-	replayBatch = 1_000           // ops written to cached at once
-	durableWait = 2 * time.Second // how long Revoke waits for cached
-	replayLimit = 5 * time.Second // of one write to cached
+	maxSubjects  = 1_000           // of one revocation
+	maxSubjectID = 255             // bytes of an id; those of users are the longest
+	replayBatch  = 1_000           // ops written to cached at once
+	durableWait  = 2 * time.Second // how long Revoke waits for cached
+	replayLimit  = 5 * time.Second // of one write to cached
 )
 
 // overrides are the direct revocations that the snapshot does not show yet. A
@@ -126,8 +128,8 @@ func checkRevocation(r sallyport.Revocation) error {
 		default:
 			return usage("revoke.subjects", fmt.Sprintf("a %s cannot be revoked", subject.Kind))
 		}
-		if subject.ID == "" {
-			return usage("revoke.subjects", "a subject without an id")
+		if subject.ID == "" || len(subject.ID) > maxSubjectID || strings.ContainsFunc(subject.ID, unicode.IsControl) {
+			return usage("revoke.subjects", fmt.Sprintf("%.80q is not the id of a %s", subject.ID, subject.Kind)) // cached would never take it
 		}
 	}
 	return nil
@@ -277,8 +279,16 @@ func (s *Server) replayOnce(ctx context.Context) error {
 func (s *snapshot) withdraw(o *overrides) []sallyport.Op {
 	logins := map[sallyport.LoginID]struct{}{}
 	var ops []sallyport.Op
+	for subject := range o.subjects { // also those that cached has not told us of yet
+		switch _, known := s.sessions.get(subject.ID); {
+		case subject.Kind == sallyport.SubjectLogin:
+			logins[sallyport.LoginID(subject.ID)] = struct{}{}
+		case subject.Kind == sallyport.SubjectSession && !known:
+			ops = append(ops, sallyport.Op{Kind: sallyport.KindSession, ID: subject.ID, Delete: true})
+		}
+	}
 	for id, l := range s.logins.all() {
-		if o.has(sallyport.SubjectLogin, id) || o.has(sallyport.SubjectUser, string(l.value.User)) {
+		if o.has(sallyport.SubjectUser, string(l.value.User)) {
 			logins[sallyport.LoginID(id)] = struct{}{}
 		}
 	}
@@ -293,10 +303,9 @@ func (s *snapshot) withdraw(o *overrides) []sallyport.Op {
 			ops = append(ops, sallyport.Op{Kind: sallyport.KindSession, ID: id, Delete: true})
 		}
 	}
+	delete(logins, "") // of a session that names none
 	for id := range logins {
-		if _, ok := s.logins.get(string(id)); ok {
-			ops = append(ops, sallyport.Op{Kind: sallyport.KindLogin, ID: string(id), Delete: true})
-		}
+		ops = append(ops, sallyport.Op{Kind: sallyport.KindLogin, ID: string(id), Delete: true})
 	}
 	for id, d := range s.devices.all() {
 		if o.has(sallyport.SubjectDevice, id) && !d.value.Revoked {

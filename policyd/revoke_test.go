@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -127,6 +128,24 @@ func TestDirectRevocationWithCachedInReach(t *testing.T) {
 	})
 }
 
+// What cached knows and has not told yet is revoked there too.
+func TestDirectRevocationOfWhatIsOnItsWay(t *testing.T) {
+	for _, kind := range []sallyport.SubjectKind{sallyport.SubjectSession, sallyport.SubjectLogin} {
+		inSite(t, Config{}, routes, func(t *testing.T, s *site) {
+			thaw := s.link.freeze()
+			s.signIn("u1", "l7", "s7", s.device)
+			id := map[sallyport.SubjectKind]string{sallyport.SubjectSession: "s7", sallyport.SubjectLogin: "l7"}[kind]
+			if _, err := s.Revoke(t.Context(), subject(kind, id)); err != nil {
+				t.Fatal(err)
+			}
+			thaw()
+			pass(3 * time.Second)
+			s.want("s7", db, sallyport.VerdictLogin)
+			s.want("s1", db, sallyport.VerdictAllow)
+		})
+	}
+}
+
 // A revocation is told and holds even before there is any snapshot, and even if
 // it cannot be audited.
 func TestRevocationBeforeTheFirstSnapshot(t *testing.T) {
@@ -162,6 +181,8 @@ func TestRevocationOfNothing(t *testing.T) {
 			"no subject": {},
 			"policy":     {Subjects: []sallyport.Subject{{Kind: sallyport.SubjectPolicy}}},
 			"no id":      {Subjects: []sallyport.Subject{{Kind: sallyport.SubjectSession}}},
+			"no real id": {Subjects: []sallyport.Subject{{Kind: sallyport.SubjectSession, ID: "s1\x00"}}},
+			"a long id":  {Subjects: []sallyport.Subject{{Kind: sallyport.SubjectLogin, ID: strings.Repeat("l", 256)}}},
 			"too many":   {Subjects: make([]sallyport.Subject, maxSubjects+1)},
 		} {
 			if _, err := s.Revoke(t.Context(), r); sallyport.OutcomeOf(err) != sallyport.OutcomeUsage {

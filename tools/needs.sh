@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # program : Debian package that brings it
 needs=(
   cc:build-essential curl:curl ssh:openssh-client /usr/sbin/sshd:openssh-server psql:postgresql-client
-  postgres:postgresql chromium:chromium certutil:libnss3-tools node:nodejs npm:npm
+  postgres:postgresql xdg-open:xdg-utils chromium:chromium certutil:libnss3-tools node:nodejs npm:npm
 )
 
 have() {
@@ -34,7 +34,11 @@ if [ ${#missing[@]} -gt 0 ]; then
   DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 $sudo apt-get install -y -qq --no-install-recommends "${missing[@]}"
 fi
 
-# The second foreign identity provider comes from npm, at the version in the lock file.
-if [ -f integration/testdata/oidc-provider/package-lock.json ]; then
-  (cd integration/testdata/oidc-provider && { [ -d node_modules ] || npm ci --silent --no-audit --no-fund; })
+# One of the foreign identity providers comes from npm, at the versions in the lock
+# file.
+if ! node -e 'const [a, b] = process.versions.node.split("."); process.exit(a > 20 || (a == 20 && b >= 12) ? 0 : 1)'; then
+  echo "needs: oidc-provider wants node 20.12 or later, this is $(node --version): see https://nodejs.org/en/download" >&2
+  exit 1
 fi
+cd integration/testdata/oidc-provider
+[ node_modules/.package-lock.json -nt package-lock.json ] || npm ci --silent --no-audit --no-fund

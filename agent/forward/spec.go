@@ -1,7 +1,6 @@
 package forward
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -211,5 +210,3 @@ func userName(uid uint32) string {
 	}
 	return s
 }
-
-var errNobodyTells = errors.New("this system does not tell who connects")

@@ -2,7 +2,10 @@ package login
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/subtle"
+	_ "embed"
+	"encoding/base64"
 	"io"
 	"log"
 	"net"
@@ -76,7 +79,7 @@ func (c *callback) wait(ctx context.Context) (url.Values, error) {
 // bare status.
 func (c *callback) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
-	h.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+	h.Set("Content-Security-Policy", "default-src 'none'; style-src "+styleSource+"; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 	h.Set("Cache-Control", "no-store")
 	h.Set("Referrer-Policy", "no-referrer")
 	h.Set("X-Content-Type-Options", "nosniff")
@@ -151,9 +154,23 @@ func single(query url.Values) bool {
 	return true
 }
 
-const (
-	pageDone = `<!doctype html><html lang="en"><title>Sallyport</title><h1>You are back at the agent</h1>` +
-		`<p>The terminal says how it went on. You may close this window.</p></html>`
-	pageFailed = `<!doctype html><html lang="en"><title>Sallyport</title><h1>You are not logged in</h1>` +
-		`<p>The terminal says why. You may close this window.</p></html>`
+//go:embed callback.css
+var style string
+
+// styleSource allows the style sheet by its hash (CSP Level 3, section 2.3.1).
+var styleSource = func() string {
+	sum := sha256.Sum256([]byte(style))
+	return "'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
+}()
+
+// The pages at the end hold nothing but these words.
+var (
+	pageDone   = pageOf("good", "You are back at the agent", "The terminal says how it went on. You may close this window.")
+	pageFailed = pageOf("bad", "You are not logged in", "The terminal says why. You may close this window.")
 )
+
+func pageOf(tone, title, text string) string {
+	return `<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">` +
+		"<title>" + title + " · Sallyport</title><style>" + style + `</style></head><body><main class="` + tone + `"><h1>` + title +
+		"</h1><p>" + text + "</p></main></body></html>\n"
+}

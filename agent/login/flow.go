@@ -17,6 +17,7 @@ import (
 
 	"sallyport"
 	wire "sallyport/proto/login"
+	"sallyport/proto/proof"
 )
 
 // DefaultTimeout is how long a login waits for the person, and the longest that
@@ -25,9 +26,10 @@ const DefaultTimeout = 5 * time.Minute
 
 // Options say how to ask the person.
 type Options struct {
-	// Show gets the URL to visit, always, before a browser is opened. This field
-	// is required.
-	Show func(url string)
+	// Show gets the URL to visit, always, before a browser is opened, and the
+	// fingerprint of the device key, which the page of a new device asks the person
+	// to compare. This field is required.
+	Show func(url, fingerprint string)
 	// Browser opens the URL; nil opens none.
 	Browser func(url string) error
 	// Extend prolongs this session: same ids, same user, later end.
@@ -74,7 +76,7 @@ func (c *Client) ask(ctx context.Context, cb *callback, state, verifier string, 
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, late)
 	defer cancel()
 	visit := c.authorizeURL(cb.URL(), state, verifier, o.Extend)
-	o.Show(visit)
+	o.Show(visit, proof.Fingerprint(c.key.Thumbprint))
 	if o.Browser != nil {
 		go o.Browser(visit) // it may run as long as the browser does; the URL is on the screen anyway
 	}

@@ -73,7 +73,7 @@ func begin(t *testing.T, timeout time.Duration) *attempt {
 	shown := make(chan string, 1)
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		_, err := c.Login(t.Context(), login.Options{Show: func(u string) { shown <- u }, Timeout: timeout})
+		_, err := c.Login(t.Context(), login.Options{Show: func(u, _ string) { shown <- u }, Timeout: timeout})
 		a.result <- err
 	})
 	t.Cleanup(wg.Wait)
@@ -360,7 +360,7 @@ func TestCase_R9_OnlyTheConfiguredHost(t *testing.T) {
 			_, port, _ := net.SplitHostPort(s.Listener.Addr().String())
 			c := newClient(t, "https://auth.localhost:"+port, ca.PEM())
 			opened := false
-			_, err := c.Login(t.Context(), login.Options{Show: func(string) { opened = true }, Browser: func(string) error { opened = true; return nil }})
+			_, err := c.Login(t.Context(), login.Options{Show: func(string, string) { opened = true }, Browser: func(string) error { opened = true; return nil }})
 			if err == nil || opened {
 				t.Errorf("got %v, opened %v; want an error and no page", err, opened)
 			}
@@ -415,7 +415,7 @@ func TestCancelledLogin(t *testing.T) {
 	site := agenttest.New(t)
 	c := newClient(t, site.AuthdURL, site.CA())
 	ctx, cancel := context.WithCancel(t.Context())
-	_, err := c.Login(ctx, login.Options{Show: func(string) { cancel() }})
+	_, err := c.Login(ctx, login.Options{Show: func(string, string) { cancel() }})
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v; want canceled", err)
 	}

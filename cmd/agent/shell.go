@@ -137,8 +137,8 @@ func (s *shell) askNow() (login.Options, error) {
 }
 
 func (s *shell) loginOptions() login.Options {
-	o := login.Options{Timeout: s.o.timeout, Show: func(url string) {
-		s.say("To log in, open this address in your browser:\n\n  %s\n", url)
+	o := login.Options{Timeout: s.o.timeout, Show: func(url, fingerprint string) {
+		s.say("To log in, open this address in your browser:\n\n  %s\n\nThis device's key is %s\n", url, fingerprint)
 	}}
 	if !s.o.noBrowser && s.desktop() {
 		o.Browser = login.OpenBrowser

@@ -80,8 +80,15 @@ func (a *Agent) Run(args ...string) Result {
 // Login logs the person in; it must succeed.
 func (a *Agent) Login() {
 	a.t.Helper()
+	a.LoginWith(map[string]string{"username": a.User, "password": Password, "answer": "allow"})
+}
+
+// LoginWith is Login through whichever pages come, with what to type and to press
+// by the names of their fields. The browser is a new one, without cookies.
+func (a *Agent) LoginWith(fill map[string]string) {
+	a.t.Helper()
 	p, address := a.StartLogin()
-	page, err := a.Browser().Follow(a.t.Context(), address, map[string]string{"username": a.User, "password": Password, "answer": "allow"})
+	page, err := a.Browser().Follow(a.t.Context(), address, fill)
 	if err != nil {
 		a.t.Fatalf("browser: %v", err)
 	}

@@ -60,6 +60,8 @@ type Command struct {
 	Args    []string
 	Env     []string // added to the environment
 	Stdin   string
+	// Interactive leaves standard input open for Process.Send.
+	Interactive bool
 	// Terminal is not given: no test has one.
 }
 
@@ -114,6 +116,7 @@ type Process struct {
 	cmd  *exec.Cmd
 	Pid  int
 
+	stdin  io.WriteCloser // nil unless interactive
 	lines  chan string
 	stderr lockedBuffer
 	done   chan struct{} // closed when it has ended; exit is set then
@@ -132,6 +135,11 @@ func StartProcess(t testing.TB, c Command) *Process {
 	p.cmd.WaitDelay = time.Second
 	if c.Stdin != "" {
 		p.cmd.Stdin = strings.NewReader(c.Stdin)
+	}
+	if c.Interactive {
+		if p.stdin, err = p.cmd.StdinPipe(); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -166,6 +174,14 @@ func (p *Process) Line(limit time.Duration) string {
 		return line
 	case <-time.After(limit):
 		return ""
+	}
+}
+
+// Send writes a line to the standard input of an interactive process.
+func (p *Process) Send(line string) {
+	p.t.Helper()
+	if _, err := io.WriteString(p.stdin, line+"\n"); err != nil {
+		p.t.Fatalf("%s: %v\n%s", p.name, err, tailOf(p.Stderr(), 30))
 	}
 }
 

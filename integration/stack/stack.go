@@ -5,6 +5,7 @@
 package stack
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"net/url"
@@ -40,6 +41,7 @@ type Config struct {
 	// Policyd, Session, Gateway, Audit are merged into those sections.
 	Policyd, Session, Gateway, Audit map[string]any
 	ExplainGroups                    bool
+	LogLevel                         string // of the daemons; empty: debug
 }
 
 // User is somebody who can log in.
@@ -302,7 +304,7 @@ func (s *Stack) document() map[string]any {
 	doc := map[string]any{
 		"domain":   "test.example",
 		"data_dir": "data",
-		"log":      map[string]any{"level": "debug", "format": "text"},
+		"log":      map[string]any{"level": cmp.Or(s.cfg.LogLevel, "debug"), "format": "text"},
 		"gateway": merged(s.cfg.Gateway, map[string]any{
 			"public_url": s.public("gw.localhost", "gateway"), "listen": s.listen("gateway"),
 		}),

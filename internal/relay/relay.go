@@ -124,8 +124,8 @@ func Splice(ctx context.Context, down, up Conn, o Options) Result {
 	if s.meter == nil {
 		s.meter = new(Meter)
 	}
-	s.toUp = pump{s: s, src: down, dst: up, count: &s.meter.Up, srcBroke: EndDownReset, dstBroke: EndUpReset}
-	s.toDown = pump{s: s, src: up, dst: down, count: &s.meter.Down, srcBroke: EndUpReset, dstBroke: EndDownReset}
+	s.toUp.from(s, down, up, &s.meter.Up, EndDownReset, EndUpReset)
+	s.toDown.from(s, up, down, &s.meter.Down, EndUpReset, EndDownReset)
 
 	stop := context.AfterFunc(ctx, func() { s.withdraw(context.Cause(ctx)) })
 	stopIdle := s.watchIdle()
@@ -256,6 +256,13 @@ type pump struct {
 	srcBroke End
 	dstBroke End
 	small    [smallBuffer]byte
+}
+
+// from sets the fields one by one: a literal would put a second pump, with its
+// buffer, on the stack that Splice holds as long as the flow lives.
+func (p *pump) from(s *splice, src, dst Conn, count *atomic.Int64, srcBroke, dstBroke End) {
+	p.s, p.src, p.dst, p.count = s, src, dst, count
+	p.srcBroke, p.dstBroke = srcBroke, dstBroke
 }
 
 func (p *pump) run() {

@@ -240,9 +240,9 @@ func (c *groups) found(in *Input) (string, time.Duration) {
 	case !in.Person.Groups.known():
 		return "unknown (the directory does not know you)", 0
 	case c.eval(in) == True:
-		return "you have it", 0
+		return "enough", 0
 	}
-	return "you do not have it", 0
+	return "missing the membership that this rule asks for", 0
 }
 
 func (c *groups) note(in *Input, to *Inputs) {

@@ -40,3 +40,7 @@ type Key struct {
 	ID         sallyport.DeviceID
 	Thumbprint string
 }
+
+// Fingerprint is a thumbprint as people compare it: on authd's page about a new
+// device and in the terminal beside it.
+func Fingerprint(thumbprint string) string { return "SHA256:" + thumbprint }

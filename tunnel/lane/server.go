@@ -34,6 +34,10 @@ const (
 	warmTimeout = 6 * time.Minute
 	// headTimeout is how long a head may take from its first byte on.
 	headTimeout = 10 * time.Second
+	// refusedWarm is how long a connection that was not admitted may wait for its
+	// request. What refused it may be over by then, and a client that keeps it warm
+	// would meet the old refusal: the end of the connection tells it to dial anew.
+	refusedWarm = time.Second
 	// bodyTimeout is how long the body of a /v1 request may take.
 	bodyTimeout = 30 * time.Second
 )
@@ -72,14 +76,7 @@ func NewServer(cfg ServerConfig) *Server {
 // the TCP stream passes for the end of a flow.
 func (s *Server) ServeConn(ctx context.Context, c *tls.Conn) {
 	defer c.Close()
-	shake, cancel := context.WithTimeout(ctx, tunnel.HandshakeTimeout)
-	err := c.HandshakeContext(shake)
-	cancel()
-	if err != nil {
-		s.log.Debug("handshake failed", "carrier", Name, "peer", c.RemoteAddr().String(), "error", err)
-		return
-	}
-	peer, err := tunnel.PeerOf(c.ConnectionState(), s.cfg.Domain, s.host, NextProto, Name)
+	peer, err := s.peerOf(ctx, c)
 	if err != nil {
 		s.log.Debug("connection refused", "carrier", Name, "peer", c.RemoteAddr().String(), "error", err)
 		return
@@ -101,11 +98,22 @@ func (s *Server) ServeConn(ctx context.Context, c *tls.Conn) {
 	s.serveRequest(ctx, sc)
 }
 
+// peerOf completes the handshake. It is a function of its own so that its part of
+// the stack does not live as long as the connection.
+func (s *Server) peerOf(ctx context.Context, c *tls.Conn) (tunnel.Peer, error) {
+	ctx, cancel := context.WithTimeout(ctx, tunnel.HandshakeTimeout)
+	defer cancel()
+	if err := c.HandshakeContext(ctx); err != nil {
+		return tunnel.Peer{}, fmt.Errorf("handshake: %w", err)
+	}
+	return tunnel.PeerOf(c.ConnectionState(), s.cfg.Domain, s.host, NextProto, Name)
+}
+
 // turnAway answers the first request of a connection that was not admitted,
 // whatever it is, with the refusal.
 func (s *Server) turnAway(c *serverConn, refusal *sallyport.Error) {
-	c.tls.SetReadDeadline(time.Now().Add(headTimeout))
-	if _, err := readHead(c.tls, nil); err != nil {
+	c.tls.SetReadDeadline(time.Now().Add(refusedWarm))
+	if _, err := readHead(c.tls, func() { c.tls.SetReadDeadline(time.Now().Add(headTimeout)) }); err != nil {
 		return
 	}
 	c.refuse(refusal)
@@ -144,25 +152,31 @@ func requestLine(h head) (method, target string, err error) {
 }
 
 func (s *Server) serveConnect(ctx context.Context, c *serverConn, h head, authority string) {
-	target, err := sallyport.ParseAuthority(sallyport.TCP, authority)
-	if err != nil {
-		c.refuse(tunnel.BadTarget(err))
-		return
-	}
-	// RFC 9110, section 7.2: one Host, and for CONNECT it is the target.
-	host, ok := h.one("Host")
-	named, err := sallyport.ParseAuthority(sallyport.TCP, host)
-	if !ok || err != nil || named != target {
-		c.refuse(tunnel.BadRequest(fmt.Errorf("%w: Host is not the target", errBadHead)))
-		return
-	}
-	if len(h.fields["Content-Length"])+len(h.fields["Transfer-Encoding"]) > 0 {
-		c.refuse(tunnel.BadRequest(fmt.Errorf("%w: CONNECT has no content", errBadHead)))
+	target, refusal := connectTarget(h, authority)
+	if refusal != nil {
+		c.refuse(refusal)
 		return
 	}
 	st := &serverStream{c: c, target: target, header: h.fields, early: h.rest}
 	defer st.finish()
 	s.cfg.Handler.Connect(ctx, st)
+}
+
+func connectTarget(h head, authority string) (sallyport.Target, *sallyport.Error) {
+	target, err := sallyport.ParseAuthority(sallyport.TCP, authority)
+	if err != nil {
+		return target, tunnel.BadTarget(err)
+	}
+	// RFC 9110, section 7.2: one Host, and for CONNECT it is the target.
+	host, ok := h.one("Host")
+	named, err := sallyport.ParseAuthority(sallyport.TCP, host)
+	if !ok || err != nil || named != target {
+		return target, tunnel.BadRequest(fmt.Errorf("%w: Host is not the target", errBadHead))
+	}
+	if len(h.fields["Content-Length"])+len(h.fields["Transfer-Encoding"]) > 0 {
+		return target, tunnel.BadRequest(fmt.Errorf("%w: CONNECT has no content", errBadHead))
+	}
+	return target, nil
 }
 
 func (s *Server) serveAPI(ctx context.Context, c *serverConn, h head, method, target string) {

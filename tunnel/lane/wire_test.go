@@ -186,6 +186,26 @@ func TestTruncationIsNoEnd(t *testing.T) {
 	}
 }
 
+// Case M1: a connection that was made while policyd was down must not wait in a
+// client's pool to refuse a request that comes after its return.
+func TestCase_M1_RefusedConnectionsDoNotWait(t *testing.T) {
+	w := newWire(t)
+	w.gateway.Refuse(func(tunnel.Peer) error {
+		return &tunnel.AdmitError{Code: connect.CodePolicyStale, Reason: "policyd does not answer"}
+	})
+	began := time.Now()
+	if got, err := io.ReadAll(w.dial(t)); err != nil || len(got) > 0 {
+		t.Errorf("an unused connection: %q, %v; want its end and no answer", got, err)
+	}
+	if took := time.Since(began); took > 5*time.Second {
+		t.Errorf("it ended after %s; want about one second", took)
+	}
+	got := w.send(t, "CONNECT echo.test:1 HTTP/1.1\r\nHost: echo.test:1\r\n\r\n")
+	if !strings.HasPrefix(got, "HTTP/1.1 503 ") {
+		t.Errorf("a request at once: %.60q; want 503", got)
+	}
+}
+
 func TestWarmConnections(t *testing.T) {
 	w := newWire(t)
 	var dials atomic.Int32

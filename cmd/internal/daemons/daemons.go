@@ -5,6 +5,7 @@
 package daemons
 
 import (
+	"cmp"
 	"context"
 	"crypto/hkdf"
 	"crypto/sha256"
@@ -155,7 +156,7 @@ func Gateway(p *run.Process, l *GatewayListener, d Decider, keep func(context.Co
 	if err != nil {
 		return nil, err
 	}
-	cfg := p.Config.Gateway
+	cfg := gatewayConfig(p.Config)
 	cfg.PublicURL = l.URL
 	server, err := gateway.New(cfg, gateway.Deps{
 		Domain: p.Config.Domain, Authorizer: d, Explainer: d, Changes: d, Posture: d,
@@ -178,6 +179,14 @@ func quicResetKey(layout config.Layout) (key [32]byte, err error) {
 	derived, err := hkdf.Key(sha256.New, secret.Seed(), nil, "sallyport quic stateless reset", len(key))
 	copy(key[:], derived)
 	return key, err
+}
+
+// gatewayConfig is the file's section gateway. A gateway waits for policyd as long
+// as policyd may take, where its own section does not say otherwise.
+func gatewayConfig(f *config.File) gateway.Config {
+	cfg := f.Gateway
+	cfg.Limits.DecisionTimeout = cmp.Or(cfg.Limits.DecisionTimeout, f.Policyd.DecisionTimeout)
+	return cfg
 }
 
 // ControlListener opens the mTLS listener of cached or policyd.

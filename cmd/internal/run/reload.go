@@ -2,6 +2,7 @@ package run
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -9,10 +10,16 @@ import (
 	"syscall"
 	"time"
 
+	"sallyport"
 	"sallyport/cmd/internal/config"
 )
 
-const pollEvery = 500 * time.Millisecond
+const (
+	pollEvery = 500 * time.Millisecond
+	// retryEvery is when a change is tried again that only the moment kept from
+	// being taken.
+	retryEvery = 2 * time.Second
+)
 
 // OnReload has f called with each changed, valid configuration. Every f must
 // take the whole change or nothing of it.
@@ -36,28 +43,39 @@ func (p *Process) watch(file, seen string) func(context.Context) error {
 		tick := time.NewTicker(pollEvery)
 		defer tick.Stop()
 		running := p.Config
+		var again time.Time // zero: no need
 		for {
 			select {
 			case <-ctx.Done():
 				return ctx.Err()
 			case <-hup:
-			case <-tick.C:
-				if stamp(file) == seen {
+			case now := <-tick.C:
+				if stamp(file) == seen && (again.IsZero() || now.Before(again)) {
 					continue
 				}
 			}
-			seen = stamp(file)
+			seen, again = stamp(file), time.Time{}
 			next, err := p.reload(running, file)
 			p.mu.Lock()
 			p.stale = err
 			p.mu.Unlock()
 			if err != nil {
 				p.Log.Error("configuration not taken, the old one stays", "file", file, "error", err)
+				if passing(err) {
+					again = time.Now().Add(retryEvery)
+				}
 				continue
 			}
 			running = next
 		}
 	}
+}
+
+// passing reports whether a change that was not taken may be later, as it is:
+// cached was away, or somebody else wrote at the same time.
+func passing(err error) bool {
+	return sallyport.OutcomeOf(err) == sallyport.OutcomeUnavailable ||
+		errors.Is(err, sallyport.ErrConflict) || errors.Is(err, context.DeadlineExceeded)
 }
 
 // reload returns the configuration that is in force afterwards.

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -233,6 +234,76 @@ func TestCase_J9_ReloadIsAtomic(t *testing.T) {
 	d.cancel()
 	if err := d.end(); err != nil {
 		t.Error(err)
+	}
+}
+
+// A change that nobody could take over for a passing reason is not forgotten: a
+// user who was taken out of the file must not stay in because cached was away.
+func TestReloadIsTriedAgain(t *testing.T) {
+	var calls atomic.Int32
+	var process *Process
+	up := make(chan struct{})
+	d := start(t, func(p *Process) error {
+		process = p
+		p.OnReload(func(*config.File) error {
+			if calls.Add(1) == 1 {
+				return &sallyport.Error{Outcome: sallyport.OutcomeUnavailable, Message: "cached is out of reach"}
+			}
+			return nil
+		})
+		close(up)
+		return nil
+	})
+	<-up
+	d.write(text + "explain_groups: true\n")
+	eventually(t, "the change is taken at last", func() bool { return calls.Load() > 1 && process.Stale() == nil })
+	d.cancel()
+	if err := d.end(); err != nil {
+		t.Error(err)
+	}
+}
+
+// A client that sends its request drop by drop must not hold a connection.
+func TestSlowRequestsEnd(t *testing.T) {
+	up := make(chan string)
+	ended := make(chan error, 1)
+	d := start(t, func(p *Process) error {
+		l, err := p.Listen("127.0.0.1:0")
+		if err != nil {
+			return err
+		}
+		s := &http.Server{ReadTimeout: 50 * time.Millisecond, Handler: http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+			_, err := io.Copy(io.Discard, r.Body)
+			ended <- err
+		})}
+		p.ServeHTTP("slow", l, s)
+		go func() { up <- l.Addr().String() }()
+		return nil
+	})
+	c, err := net.Dial("tcp", <-up)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	fmt.Fprint(c, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nx")
+	select {
+	case err := <-ended:
+		if err == nil {
+			t.Error("a request that is not whole was taken for one")
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("a request that never ends is waited for")
+	}
+	d.cancel()
+	if err := d.end(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestServersHaveLimits(t *testing.T) {
+	s := bounded(&http.Server{})
+	if s.ReadHeaderTimeout == 0 || s.ReadTimeout == 0 || s.WriteTimeout == 0 || s.IdleTimeout == 0 || s.MaxHeaderBytes == 0 {
+		t.Errorf("a server waits for ever: %+v", s)
 	}
 }
 

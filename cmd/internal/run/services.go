@@ -1,6 +1,7 @@
 package run
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -78,12 +79,21 @@ func (p *Process) Admin(ready func() error) (string, error) {
 	return l.Addr().String(), nil
 }
 
+// bounded sets what strangers may take of s, where s does not say so itself. The
+// answer has more time than the request: it may wait for an identity provider.
+func bounded(s *http.Server) *http.Server {
+	s.ReadHeaderTimeout = cmp.Or(s.ReadHeaderTimeout, 10*time.Second)
+	s.ReadTimeout = cmp.Or(s.ReadTimeout, 30*time.Second)
+	s.WriteTimeout = cmp.Or(s.WriteTimeout, time.Minute)
+	s.IdleTimeout = cmp.Or(s.IdleTimeout, 2*time.Minute)
+	s.MaxHeaderBytes = cmp.Or(s.MaxHeaderBytes, 64<<10)
+	return s
+}
+
 // ServeHTTP runs an HTTP server on l until the process ends; requests under way
 // get five seconds.
 func (p *Process) ServeHTTP(what string, l net.Listener, s *http.Server) {
-	s.ReadHeaderTimeout = 10 * time.Second
-	s.IdleTimeout = 2 * time.Minute
-	s.MaxHeaderBytes = 64 << 10
+	s = bounded(s)
 	s.ErrorLog = p.Log.Named(what).StandardLogger(nil)
 	p.Go(what, func(ctx context.Context) error {
 		done := make(chan error, 1)
