@@ -80,7 +80,7 @@ func (a *Agent) Publish(ctx context.Context, command string, wake <-chan struct{
 		p.Updated = time.Now().UTC().Round(time.Millisecond)
 		if err == nil && !slices.Equal(b, last) {
 			last = b
-			if err := run.WriteJSON(name+".json", p); err != nil {
+			if err := run.ShowJSON(name+".json", p); err != nil {
 				return err
 			}
 		}

@@ -65,7 +65,7 @@ type Session struct {
 	Idle time.Duration `yaml:"idle"`
 	// SingleLogout ends all sessions of the login when one logs out.
 	SingleLogout bool `yaml:"single_logout"`
-	// CertificateLifetime of session certificates, 15 s to 24 h; 0: 1 h.
+	// CertificateLifetime of session certificates; 0: 1 h.
 	CertificateLifetime time.Duration `yaml:"certificate_lifetime"`
 }
 
@@ -73,7 +73,7 @@ type Session struct {
 const (
 	defaultLifetime    = 12 * time.Hour
 	defaultCertificate = time.Hour
-	minCertificate     = 15 * time.Second // agents look at the clock each 5 s
+	minCertificate     = 20 * time.Second // half of it is the agents' margin for the way and the clock
 	maxCertificate     = 24 * time.Hour
 )
 

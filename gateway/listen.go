@@ -69,15 +69,11 @@ type trust struct {
 var (
 	errNotReady = errors.New("not ready: policyd has not been heard yet")
 	errNoSNI    = errors.New("the client names no host")
-	errNoALPN   = errors.New("the client names no protocol")
 	errNoCAs    = errors.New("the trust bundle holds no certificate")
 )
 
 // tunnelLane returns the tunnel host's configuration for TCP.
-func (s *Server) tunnelLane(hello *tls.ClientHelloInfo) (*tls.Config, error) {
-	if len(hello.SupportedProtos) == 0 {
-		return nil, errNoALPN
-	}
+func (s *Server) tunnelLane(*tls.ClientHelloInfo) (*tls.Config, error) {
 	if t := s.trust.Load(); t != nil {
 		return t.lane, nil
 	}

@@ -2,8 +2,11 @@ package gateway
 
 import (
 	"context"
+	"crypto/hmac"
+	"crypto/sha256"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"sync"
@@ -43,9 +46,9 @@ type Deps struct {
 	// Certificate returns the tunnel host's certificate; it is called at each
 	// handshake. This field is required.
 	Certificate func() *tls.Certificate
-	// ResetKey is the same after a restart, and secret: agents trust it to tell them
-	// that their QUIC connection is no more. Zero: they wait for its idle timeout.
-	ResetKey [32]byte
+	// ResetKey are 32 secret bytes that outlive the process. From them and its name
+	// the gateway makes the key of QUIC's stateless resets; nil: a random one.
+	ResetKey []byte
 	// Metrics takes the gateway's figures; nil: nobody counts.
 	Metrics *telemetry.Registry
 	// Version is what /v1/events says hello with.
@@ -114,10 +117,24 @@ func New(cfg Config, deps Deps) (*Server, error) {
 	lanes := lane.NewServer(lane.ServerConfig{Domain: deps.Domain, Host: cfg.host(), Handler: s, Log: deps.Log})
 	s.quic = h3.NewServer(h3.ServerConfig{
 		TLS:    &tls.Config{MinVersion: tls.VersionTLS13, GetConfigForClient: s.tunnelQUIC},
-		Domain: deps.Domain, Host: cfg.host(), Handler: s, ResetKey: deps.ResetKey, Log: deps.Log,
+		Domain: deps.Domain, Host: cfg.host(), Handler: s, Log: deps.Log,
+		ResetKey: resetKey(deps.ResetKey, cfg.Name, cfg.host()),
 	})
 	s.hosts[cfg.host()] = host{config: s.tunnelLane, serve: lanes.ServeConn}
 	return s, nil
+}
+
+// resetKey is another one for each gateway of a site, also where they share the
+// secret: one must not answer for the connections of another (RFC 9000, section
+// 21.11).
+func resetKey(secret []byte, name, host string) (key [32]byte) {
+	if len(secret) == 0 {
+		return key
+	}
+	mac := hmac.New(sha256.New, secret)
+	fmt.Fprintf(mac, "%q %q", name, host)
+	mac.Sum(key[:0])
+	return key
 }
 
 // Serve runs the gateway on its listeners until ctx ends and then drains it: the

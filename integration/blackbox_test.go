@@ -410,3 +410,26 @@ func wantExit(t *testing.T, r stack.Result, want int) {
 		t.Errorf("exit code %d; want %d\n%s%s", r.Exit, want, r.Stderr, r.Stdout)
 	}
 }
+
+// openConn opens a port and one connection through it.
+func openConn(t *testing.T, a *stack.Agent) (*stack.Tunnel, net.Conn) {
+	t.Helper()
+	tun := a.Connect("db.internal:5432")
+	c := tun.Dial(t)
+	if err := stack.Echo(c, "before"); err != nil {
+		t.Fatal(err)
+	}
+	return tun, c
+}
+
+// recovers wants a new connection soon.
+func recovers(t *testing.T, a *stack.Agent) {
+	t.Helper()
+	stack.Eventually(t, 10*time.Second, func() error {
+		tun, err := a.TryConnect("db.internal:5432")
+		if err != nil {
+			return err
+		}
+		return dialEcho(tun, "again")
+	})
+}

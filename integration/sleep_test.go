@@ -13,7 +13,7 @@ import (
 
 // certificateLife is how long a session certificate is valid in these tests; the
 // shortest that authd takes.
-const certificateLife = 15 * time.Second
+const certificateLife = 20 * time.Second
 
 // asleep is a laptop with an open port that was closed in the middle of its work,
 // and whose session certificate has expired meanwhile.

@@ -12,13 +12,15 @@ import (
 )
 
 // Stdio opens one flow and carries in and out over it. It returns when both
-// directions have ended, or the flow was cut, or ctx ended. in cannot be
-// interrupted while it blocks: after a cut its reader is left behind, which only a
-// process that is about to exit may afford.
+// directions have ended, or the flow was cut, or ctx ended. out is closed where
+// the service ended its stream, and only there: a program that reads out, like the
+// ssh above a ProxyCommand, hangs up on us when it ends, and would do so before
+// we could say why a flow was refused or cut. in cannot be interrupted while it
+// blocks: after a cut its reader is left behind, which only a process that is about
+// to exit may afford.
 func (f *Forward) Stdio(ctx context.Context, in io.Reader, out io.WriteCloser) error {
 	flow, err := f.Opener.Open(ctx, f.Target)
 	if err != nil {
-		out.Close()
 		return err
 	}
 	local := &stdio{in: in, out: out, over: make(chan struct{})}
@@ -65,10 +67,7 @@ func (s *stdio) CloseWrite() error           { return s.out.Close() }
 
 func (s *stdio) end() { s.once.Do(func() { close(s.over) }) }
 
-func (s *stdio) Reset(uint64) {
-	s.end()
-	s.out.Close()
-}
+func (s *stdio) Reset(uint64) { s.end() }
 
 func (s *stdio) Close() error {
 	s.end()

@@ -249,7 +249,18 @@ func (d *Dir) ReadJSON(name string, v any) error {
 // Write replaces a file (0600) as a whole: after a crash it is the old or the
 // new one.
 func (d *Dir) Write(name string, data []byte) error {
-	return d.place(name, data, func(temp string) error { return d.root.Rename(temp, name) })
+	return d.place(name, data, (*os.File).Sync, func(temp string) error { return d.root.Rename(temp, name) })
+}
+
+// ShowJSON replaces a file for other processes to read while this one lives. They
+// see the old or the new one; after a crash of the machine it may be neither, and
+// that spares the disk a flush.
+func (d *Dir) ShowJSON(name string, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return fmt.Errorf("write %s: %w", name, err)
+	}
+	return d.place(name, append(b, '\n'), func(*os.File) error { return nil }, func(temp string) error { return d.root.Rename(temp, name) })
 }
 
 // WriteJSON writes v with Write.
@@ -264,13 +275,13 @@ func (d *Dir) WriteJSON(name string, v any) error {
 // Create writes a file (0600) that must not exist yet: fs.ErrExist otherwise.
 // Of two processes that create the same file, one does.
 func (d *Dir) Create(name string, data []byte) error {
-	return d.place(name, data, func(temp string) error {
+	return d.place(name, data, (*os.File).Sync, func(temp string) error {
 		defer d.root.Remove(temp)
 		return d.root.Link(temp, name)
 	})
 }
 
-func (d *Dir) place(name string, data []byte, publish func(temp string) error) error {
+func (d *Dir) place(name string, data []byte, sync func(*os.File) error, publish func(temp string) error) error {
 	temp := "." + name + "-" + rand.Text()
 	f, err := d.root.OpenFile(temp, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if err != nil {
@@ -278,7 +289,7 @@ func (d *Dir) place(name string, data []byte, publish func(temp string) error) e
 	}
 	_, err = f.Write(data)
 	if err == nil {
-		err = f.Sync()
+		err = sync(f)
 	}
 	if closeErr := f.Close(); err == nil {
 		err = closeErr

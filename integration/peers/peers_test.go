@@ -21,6 +21,7 @@ var (
 	rounds   = flag.Int("rounds", 3, "how often each peer's turn comes")
 	only     = flag.String("peers", "direct,ssh,h3,lane", "whose turn comes, in this order")
 	jsonFile = flag.String("json", "", "append every measurement to this file, a line each")
+	mode     = flag.String("mode", string(stack.Apart), "how the daemons run: apart or together")
 	idle     = flag.Int("idle", 1000, "how many idle connections to hold")
 )
 
@@ -74,7 +75,7 @@ type lab struct {
 func newLab(b *testing.B) *lab {
 	l := &lab{load: buildLoad(b)}
 	l.service = stack.StartProcess(b, stack.Command{Program: l.load, Args: []string{"server", "-addr", "127.0.0.1:0"}}).Line(10 * time.Second)
-	l.stack = stack.Start(b, stack.Apart, stack.Config{
+	l.stack = stack.Start(b, stack.Mode(*mode), stack.Config{
 		LogLevel: "info",
 		Gateway:  map[string]any{"limits": map[string]any{"lanes": 16384}}, // one person holds all of the idle connections
 		Users:    []stack.User{{ID: "alice", Email: "alice@test.example", Groups: []string{"dev"}}},
@@ -106,7 +107,7 @@ func buildLoad(b *testing.B) string {
 
 // connect opens a tunnel of ours from a fresh agent to a fresh gateway: what an
 // earlier turn has left in their heaps would hide what this one takes. policyd,
-// which decides on each connection, counts as the third process.
+// which decides on each connection, counts as the third process where it is one.
 func (l *lab) connect(b *testing.B, transport string) tunnel {
 	l.stack.Restart("gateway", syscall.SIGTERM)
 	tun := l.alice.Connect(target, "--transport", transport)

@@ -66,6 +66,16 @@ func (a *Agent) Command(args ...string) Command {
 	return Command{Program: "agent", Args: args, Env: a.Env()}
 }
 
+// Path is where the agent's program is.
+func (a *Agent) Path() string {
+	a.t.Helper()
+	dir, err := Binaries()
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	return filepath.Join(dir, "agent")
+}
+
 // Env is the person's environment: a state directory, and no desktop.
 func (a *Agent) Env() []string {
 	return []string{"XDG_STATE_HOME=" + a.state, "XDG_RUNTIME_DIR=" + a.state, "DBUS_SESSION_BUS_ADDRESS=", "DISPLAY=", "WAYLAND_DISPLAY=", "BROWSER=", "NO_COLOR=1"}
@@ -101,6 +111,9 @@ func (a *Agent) LoginWith(fill map[string]string) {
 }
 
 var authorizeURL = regexp.MustCompile(`https://\S+/authorize\S+`)
+
+// AuthorizeURL finds in the agent's words the address that a browser is to open.
+func AuthorizeURL(text string) string { return authorizeURL.FindString(text) }
 
 // StartLogin starts agent login and returns the address it wants opened.
 func (a *Agent) StartLogin() (p *Process, address string) {

@@ -191,6 +191,18 @@ func (p *Process) Stderr() string { return p.stderr.String() }
 // Signal sends a signal, if it still runs.
 func (p *Process) Signal(sig syscall.Signal) { _ = p.cmd.Process.Signal(sig) }
 
+// WaitFrozen waits until a SIGSTOP has stopped all of it.
+func (p *Process) WaitFrozen() {
+	p.t.Helper()
+	Eventually(p.t, 5*time.Second, func() error {
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Pid))
+		if err == nil && !strings.Contains(string(status), "State:\tT") {
+			err = errors.New("it still runs")
+		}
+		return err
+	})
+}
+
 // Done is closed when it has ended.
 func (p *Process) Done() <-chan struct{} { return p.done }
 

@@ -36,9 +36,10 @@ type ServerConfig struct {
 	Host string
 	// Handler serves what arrives. This field is required.
 	Handler tunnel.Handler
-	// ResetKey makes the tokens of stateless resets (RFC 9000, section 10.3). One
-	// that outlives the process lets agents learn of a crash at their next packet,
-	// not after the idle timeout. Zero: a random one.
+	// ResetKey lets agents learn at their next packet that a gateway has restarted
+	// (RFC 9000, section 10.3), so it has to outlive the process, and be this
+	// gateway's alone. The zero key is replaced by a random one: agents then notice
+	// a killed gateway only when it has been silent for 45 s.
 	ResetKey [32]byte
 	// Log gets one line a refused connection at debug level; nil: none.
 	Log logging.Logger
@@ -80,7 +81,7 @@ type connKey struct{}
 func (s *Server) Serve(ctx context.Context, pc net.PacketConn) error {
 	limiter := rate.NewLimiter(freeHandshakes, freeHandshakes)
 	resetKey := quic.StatelessResetKey(s.cfg.ResetKey)
-	if resetKey == (quic.StatelessResetKey{}) {
+	if s.cfg.ResetKey == [32]byte{} {
 		rand.Read(resetKey[:])
 	}
 	transport := &quic.Transport{

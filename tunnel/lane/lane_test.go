@@ -20,11 +20,12 @@ import (
 func TestConformance(t *testing.T) { tunneltest.Run(t, carrier) }
 
 var carrier = tunneltest.Carrier{
-	Name:      lane.Name,
-	NextProto: lane.NextProto,
-	Listen:    listen,
-	Dial:      lane.Dial,
-	Handshake: handshake,
+	Name:        lane.Name,
+	NextProto:   lane.NextProto,
+	WithoutALPN: true,
+	Listen:      listen,
+	Dial:        lane.Dial,
+	Handshake:   handshake,
 }
 
 func listen(t testing.TB, conf *tls.Config, domain, host string, h tunnel.Handler) string {

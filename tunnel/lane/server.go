@@ -21,7 +21,9 @@ import (
 	"sallyport/tunnel"
 )
 
-// NextProto is the ALPN protocol of a lane; a handshake without it is refused.
+// NextProto is the ALPN protocol of a lane. A handshake that names others is
+// refused; one that names none means this (RFC 7301, section 3.1, leaves that to
+// the port), because curl 7 names none to a proxy: docs/adr/0011.
 const NextProto = "http/1.1"
 
 // Name is the carrier's name as people see it.
@@ -106,7 +108,11 @@ func (s *Server) peerOf(ctx context.Context, c *tls.Conn) (tunnel.Peer, error) {
 	if err := c.HandshakeContext(ctx); err != nil {
 		return tunnel.Peer{}, fmt.Errorf("handshake: %w", err)
 	}
-	return tunnel.PeerOf(c.ConnectionState(), s.cfg.Domain, s.host, NextProto, Name)
+	state := c.ConnectionState()
+	if state.NegotiatedProtocol == "" {
+		state.NegotiatedProtocol = NextProto
+	}
+	return tunnel.PeerOf(state, s.cfg.Domain, s.host, NextProto, Name)
 }
 
 // turnAway answers the first request of a connection that was not admitted,
@@ -254,20 +260,25 @@ func (c *serverConn) RemoteAddr() netip.AddrPort { return c.addr }
 
 // Close implements tunnel.ServerConn. An open flow is reset, for an end would
 // look as if the service had finished; what an event stream has sent still
-// arrives.
+// arrives. It does not wait: the end of the stream stands in line behind an
+// answer that the client may not read.
 func (c *serverConn) Close(uint64, string) {
 	c.mu.Lock()
 	flow := c.flow
 	c.mu.Unlock()
 	if flow != nil {
 		flow.Reset(0)
-	} else {
+		c.cancel()
+		return
+	}
+	go func() {
+		defer time.AfterFunc(linger, c.cancel).Stop()
 		c.tls.CloseWrite()
 		if tcp, ok := c.raw.(*net.TCPConn); ok {
 			tcp.CloseWrite()
 		}
-	}
-	c.cancel()
+		c.cancel()
+	}()
 }
 
 // abort ends everything at once; it is what the end of ctx does.

@@ -206,6 +206,56 @@ func TestCase_M1_RefusedConnectionsDoNotWait(t *testing.T) {
 	}
 }
 
+// stalled answers /v1 requests with more than a client that does not read takes.
+type stalled struct {
+	*tunneltest.Gateway
+	wrote atomic.Int64
+}
+
+func (s *stalled) ServeAPI(w http.ResponseWriter, _ *http.Request, _ tunnel.ServerConn) {
+	for {
+		n, err := w.Write(make([]byte, 64<<10))
+		if err != nil {
+			return
+		}
+		s.wrote.Add(int64(n))
+	}
+}
+
+// wait returns once nothing more goes into the connection.
+func (s *stalled) wait() {
+	for last, still := int64(0), 0; still < 40; <-time.After(5 * time.Millisecond) {
+		if now := s.wrote.Load(); now == 0 || now != last {
+			last, still = now, 0
+		} else {
+			still++
+		}
+	}
+}
+
+// Whoever closes a connection has others to close: a client that does not read
+// must not hold that up.
+func TestCloseDoesNotWaitForTheClient(t *testing.T) {
+	w := &wire{site: tunneltest.NewSite(t), gateway: tunneltest.NewGateway()}
+	h := &stalled{Gateway: w.gateway}
+	w.addr = listen(t, w.site.ServerTLS(lane.NextProto), tunneltest.Domain, tunneltest.Host, h)
+	io.WriteString(w.dial(t), "GET /v1/targets HTTP/1.1\r\nHost: "+tunneltest.Host+"\r\n\r\n")
+	h.wait()
+	began := time.Now()
+	for _, c := range w.gateway.Conns() {
+		c.Close(connect.CodeSessionRevoked, "revoked")
+	}
+	if took := time.Since(began); took > time.Second {
+		t.Errorf("the close took %s", took)
+	}
+	for _, released, _ := w.gateway.Counts(); released == 0; _, released, _ = w.gateway.Counts() {
+		if time.Since(began) > 10*time.Second {
+			t.Fatal("the connection is still served")
+		}
+		<-time.After(5 * time.Millisecond)
+	}
+}
+
 func TestWarmConnections(t *testing.T) {
 	w := newWire(t)
 	var dials atomic.Int32

@@ -22,7 +22,7 @@ import (
 // a file name in it.
 //
 //	keys/{internal-ca,public-ca,session-ca}.{crt,key}  one CA, one purpose
-//	keys/{records,seal}.key                            32 random bytes each
+//	keys/{records,seal,reset}.key                      32 random bytes each
 //	keys/audit-<daemon>.{key,pub}                      Ed25519, signs audit heads
 //	svc/<kind>.{crt,key}                               daemon to daemon
 //	svc/{gateway,authd}-public.{crt,key}               listeners without a certificate of their own
@@ -44,6 +44,7 @@ const (
 
 	RecordsKey = "records" // MACs of records at rest
 	SealKey    = "seal"    // encrypts IdP tokens at rest
+	ResetKey   = "reset"   // tells agents that a gateway has restarted
 )
 
 // Database is the file of cached's SQLite store.
@@ -91,6 +92,9 @@ func (l Layout) FilesOf(who string) []string {
 	case "authd":
 		sessionCert, sessionKey := l.CAPair(SessionCA)
 		files = append(files, sessionCert, sessionKey, l.secret(SealKey))
+	}
+	if who == "gateway" {
+		files = append(files, l.secret(ResetKey))
 	}
 	if who == "authd" || who == "gateway" {
 		publicCA, _ := l.CAPair(PublicCA)
@@ -193,7 +197,7 @@ func (l Layout) EnsureKeys() error {
 			return err
 		}
 	}
-	for _, name := range []string{RecordsKey, SealKey} {
+	for _, name := range []string{RecordsKey, SealKey, ResetKey} {
 		if err := ensureFile(l.secret(name), randomKey); err != nil {
 			return err
 		}

@@ -39,7 +39,7 @@ func TestEnsureKeys(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	for _, name := range []string{RecordsKey, SealKey} {
+	for _, name := range []string{RecordsKey, SealKey, ResetKey} {
 		if k, err := l.Secret(name); err != nil || len(k) != 32 {
 			t.Errorf("%s: %d bytes, %v", name, len(k), err)
 		}

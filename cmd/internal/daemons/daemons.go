@@ -7,8 +7,6 @@ package daemons
 import (
 	"cmp"
 	"context"
-	"crypto/hkdf"
-	"crypto/sha256"
 	"crypto/tls"
 	"net"
 	"net/http"
@@ -152,7 +150,7 @@ func Gateway(p *run.Process, l *GatewayListener, d Decider, keep func(context.Co
 	if err != nil {
 		return nil, err
 	}
-	resetKey, err := quicResetKey(p.Config.Layout())
+	reset, err := p.Config.Layout().Secret(config.ResetKey)
 	if err != nil {
 		return nil, err
 	}
@@ -160,25 +158,13 @@ func Gateway(p *run.Process, l *GatewayListener, d Decider, keep func(context.Co
 	cfg.PublicURL = l.URL
 	server, err := gateway.New(cfg, gateway.Deps{
 		Domain: p.Config.Domain, Authorizer: d, Explainer: d, Changes: d, Posture: d,
-		Audit: auditor, Log: p.Log.Named("gateway"), Certificate: l.certificate, ResetKey: resetKey, Version: run.Version(), Metrics: p.Metrics(),
+		Audit: auditor, Log: p.Log.Named("gateway"), Certificate: l.certificate, ResetKey: reset, Version: run.Version(), Metrics: p.Metrics(),
 	})
 	if err != nil {
 		return nil, err
 	}
 	p.Go("gateway", func(ctx context.Context) error { return server.Serve(ctx, l.TCP, l.UDP) })
 	return server, nil
-}
-
-// quicResetKey derives the gateway's reset key from the one key that every gateway
-// has on its disk.
-func quicResetKey(layout config.Layout) (key [32]byte, err error) {
-	secret, err := layout.AuditKey("gateway")
-	if err != nil {
-		return key, err
-	}
-	derived, err := hkdf.Key(sha256.New, secret.Seed(), nil, "sallyport quic stateless reset", len(key))
-	copy(key[:], derived)
-	return key, err
 }
 
 // gatewayConfig is the file's section gateway. A gateway waits for policyd as long
