@@ -57,7 +57,8 @@ func TestCase_E2_ImpostorGateway(t *testing.T) {
 			for _, transport := range []string{"auto", "tls"} {
 				r := alice.In(t).Run("connect", "--stdio", "db.internal:5432", "--transport", transport)
 				wantExit(t, r, stack.ExitUnavailable)
-				if !strings.Contains(r.Stderr, "not to be trusted") {
+				// The headline says it, whatever else failed beside it.
+				if first := lineWith(r.Stderr, "agent: gateway"); !strings.Contains(first, "not to be trusted") {
 					t.Errorf("%s: says\n%s", transport, r.Stderr)
 				}
 			}
@@ -66,6 +67,15 @@ func TestCase_E2_ImpostorGateway(t *testing.T) {
 			}
 		})
 	}
+}
+
+func lineWith(text, start string) string {
+	for line := range strings.Lines(text) {
+		if strings.HasPrefix(line, start) {
+			return line
+		}
+	}
+	return ""
 }
 
 type sighting struct{ handshakes, bytes atomic.Int64 }

@@ -4,10 +4,17 @@ import (
 	"context"
 	"errors"
 	"time"
+
+	"sallyport"
+	"sallyport/proto/connect"
 )
 
 // HeadStart is how long QUIC may take before a lane is tried beside it.
 const HeadStart = 250 * time.Millisecond
+
+// lastChance is how long the other carriers may take once one of them met somebody
+// who refuses or is not to be trusted: a box that opens TLS may let QUIC through.
+const lastChance = 2 * time.Second
 
 // DialFunc reaches a gateway over one carrier.
 type DialFunc func(ctx context.Context) (Carrier, error)
@@ -15,7 +22,9 @@ type DialFunc func(ctx context.Context) (Carrier, error)
 // Race dials in order, each head after the one before it, or at once when that
 // one has failed, and returns the first carrier that stands. The others are
 // cancelled, and closed if they made it all the same; Race returns after they
-// have. If all fail, the error of the first is returned, joined with the others'.
+// have. If all fail, the error is that of the first which met somebody (a gateway
+// that refuses, a certificate not to be trusted), who after lastChance ends the
+// race; when nobody answered, it is the error of the first, joined with the others'.
 func Race(ctx context.Context, head time.Duration, dials ...DialFunc) (Carrier, error) {
 	if len(dials) == 0 {
 		return nil, errors.New("race: nothing to dial")
@@ -38,6 +47,7 @@ func Race(ctx context.Context, head time.Duration, dials ...DialFunc) (Carrier, 
 		}()
 	}
 	var winner Carrier
+	var met error // of the first dial that met somebody
 	errs := make([]error, len(dials))
 	start()
 	timer := time.NewTimer(head)
@@ -52,6 +62,10 @@ func Race(ctx context.Context, head time.Duration, dials ...DialFunc) (Carrier, 
 		case a := <-arrivals:
 			finished++
 			errs[a.lane] = a.err
+			if met == nil && metSomebody(a.err) {
+				met = a.err
+				defer time.AfterFunc(lastChance, cancel).Stop()
+			}
 			switch {
 			case a.err == nil && winner == nil:
 				winner = a.carrier
@@ -67,5 +81,15 @@ func Race(ctx context.Context, head time.Duration, dials ...DialFunc) (Carrier, 
 	if winner != nil {
 		return winner, nil
 	}
+	if met != nil {
+		return nil, met
+	}
 	return nil, errors.Join(errs...)
+}
+
+// metSomebody reports whether a dial failed by what the other side is or said, and
+// not because nobody could be reached.
+func metSomebody(err error) bool {
+	var known *sallyport.Error
+	return errors.As(err, &known) && known.Code != connect.ProblemGatewayDown
 }

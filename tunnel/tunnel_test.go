@@ -117,6 +117,37 @@ func TestRace(t *testing.T) {
 	}
 }
 
+// TestRaceTellsWhoWasMet: silence on one carrier does not hide what the other met,
+// nor make the person wait for all of it.
+func TestRaceTellsWhoWasMet(t *testing.T) {
+	untrusted := DialFailure("gw", x509.UnknownAuthorityError{})
+	silence := DialFailure("gw", context.DeadlineExceeded)
+	const ms = time.Millisecond
+	for name, tt := range map[string]struct {
+		first, second entrant
+		want          error
+		took          time.Duration
+	}{
+		"silence beside it":  {entrant{err: silence, after: 10 * time.Second}, entrant{err: untrusted, after: 50 * ms}, untrusted, 2300 * ms},
+		"silence before it":  {entrant{err: silence, after: 5 * ms}, entrant{err: untrusted, after: 50 * ms}, untrusted, 55 * ms},
+		"another gets by":    {entrant{after: 1900 * ms}, entrant{err: untrusted, after: 50 * ms}, nil, 1900 * ms},
+		"silence everywhere": {entrant{err: silence, after: 10 * time.Second}, entrant{err: silence, after: 10 * time.Second}, silence, 10250 * ms},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				begin := time.Now()
+				_, err := Race(t.Context(), HeadStart, tt.first.dial(begin), tt.second.dial(begin))
+				if !errors.Is(err, tt.want) || sallyport.CodeOf(err) != sallyport.CodeOf(tt.want) {
+					t.Errorf("got %v; want %v", err, tt.want)
+				}
+				if took := time.Since(begin); took != tt.took {
+					t.Errorf("took %v; want %v", took, tt.took)
+				}
+			})
+		})
+	}
+}
+
 func TestRaceEndsWithItsContext(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
