@@ -88,11 +88,11 @@ bench: build ## both carriers beside ssh -L in ROUNDS (3) rounds, revocation, al
 
 .PHONY: crash
 crash: build ## kill -9 cached under load KILLS (25) times, with a ledger kept outside
-	cd integration && go test -count=1 -timeout 30m -v -run 'TestCrash' . -args -kills=$(KILLS)
+	cd integration && SALLYPORT_BIN=$(CURDIR)/bin go test -count=1 -timeout 30m -v -run 'TestCrash' . -args -kills=$(KILLS)
 
 .PHONY: soak
 soak: build ## rolling restarts under load for DURATION (1m)
-	cd integration && go test -count=1 -timeout 0 -v -run 'TestSoak' . -args -duration=$(DURATION)
+	cd integration && SALLYPORT_BIN=$(CURDIR)/bin go test -count=1 -timeout 0 -v -run 'TestSoak' . -args -duration=$(DURATION)
 
 .PHONY: cover
 cover: ## test coverage by function, coverage.html
