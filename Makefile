@@ -56,7 +56,7 @@ race: ## the same under the race detector
 
 .PHONY: stack
 stack: build ## whole stacks: built binaries in one process and apart, foreign IdPs, ssh, psql, curl, Chromium
-	cd integration && go vet ./... && SALLYPORT_BIN=$(CURDIR)/bin go test -shuffle=on -timeout 25m ./...
+	cd integration && go vet ./... && SALLYPORT_BIN=$(CURDIR)/bin go test -shuffle=on -parallel 8 -timeout 25m ./...
 
 .PHONY: lint
 lint: ## gofumpt, go vet, staticcheck

@@ -227,7 +227,7 @@ func TestCase_M1_PolicydGone(t *testing.T) {
 // TestCase_M1_DefaultMaxStale: a live connection stays for 30 s if nothing else is
 // configured.
 func TestCase_M1_DefaultMaxStale(t *testing.T) {
-	t.Parallel()
+	t.Parallel() // it waits, mostly
 	w := newFailing(t, func(c *stack.Config) { c.Policyd = nil })
 	l := w.open(t, w.loggedIn(t, "alice"))
 	began := time.Now()
@@ -375,6 +375,7 @@ func TestCase_M4_DirectRevocation(t *testing.T) {
 // TestCase_M6_AuthdGone: who is logged in notices nothing, also past the end of
 // the certificate; logins say that they are unavailable; renewals catch up.
 func TestCase_M6_AuthdGone(t *testing.T) {
+	t.Parallel() // it waits, mostly
 	const certificate = 20 * time.Second
 	for _, f := range failures {
 		t.Run(f.name, func(t *testing.T) {

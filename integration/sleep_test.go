@@ -59,9 +59,10 @@ func wantLivingSession(t *testing.T, w *world) {
 // TestSleep_SessionAlive: the certificate has expired, the session lives. A new
 // connection through the same port works, and nobody is asked anything.
 func TestSleep_SessionAlive(t *testing.T) {
+	t.Parallel() // it waits, mostly
 	for _, transport := range []string{"quic", "tls"} {
 		t.Run(transport, func(t *testing.T) {
-			t.Parallel() // it waits, mostly
+			t.Parallel()
 			w, _, tun := asleep(t, transport, "--no-browser")
 			early := tun.Dial(t)                  // by a program that does not know of the sleep
 			w.Restart("gateway", syscall.SIGKILL) // whatever was open has died without a word
@@ -88,9 +89,10 @@ var visit = regexp.MustCompile(`(?m)^  (https://\S+)$`)
 // TestSleep_SessionEnded: the session was revoked meanwhile. A login is asked for;
 // the local connection is held until it is done, and then served.
 func TestSleep_SessionEnded(t *testing.T) {
+	t.Parallel() // it waits, mostly
 	for _, transport := range []string{"quic", "tls"} {
 		t.Run(transport, func(t *testing.T) {
-			t.Parallel() // it waits, mostly
+			t.Parallel()
 			w, a, tun := asleep(t, transport, "--no-browser")
 			w.Operator("sessions", "revoke", "--config", w.File, "--user", "alice")
 			overslept(t)
