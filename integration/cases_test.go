@@ -277,7 +277,7 @@ func TestCase_J1_J5_StartRefused(t *testing.T) {
 		{"J1 unknown key", `, lisen: x`, issuer, "", `sallyport.yaml:3: gateway.lisen: unknown key`},
 		{"J1 wrong type", `, name: [1]`, issuer, "", "sallyport.yaml:3: gateway.name"},
 		{"J1 twice", `, name: a, name: b`, issuer, "", "sallyport.yaml:3: gateway.name: stands twice"},
-		{"J1 no YAML", `, {`, issuer, "", "not valid YAML"},
+		{"J1 no YAML", `, {`, issuer, "", "sallyport.yaml:3: not valid YAML"},
 		{"J1 missing", "", "", "", "sallyport.yaml:7: authd.idp.issuer"},
 		{"J5 mismatched", `, tls: {cert_file: a.crt, key_file: b.key}`, issuer, "", "sallyport.yaml:3: gateway.tls.cert_file"},
 		{"J5 expired", `, tls: {cert_file: old.crt, key_file: old.key}`, issuer, "", "expired"},

@@ -129,7 +129,11 @@ func isControl(r rune) bool {
 
 var yamlLine = regexp.MustCompile(`^(?:yaml: )?(?:unmarshal errors:\s*)?(?:line (\d+): )?`)
 
-// syntax reports an error of the YAML parser with the line it names.
+// oneLow are the errors that package yaml gives the line before the right one:
+// its parser's, which count from 0, unlike its scanner's.
+var oneLow = regexp.MustCompile(`^did not find expected (?:'-'|',' or|<|key|node content)`)
+
+// syntax reports an error of the YAML parser with the line it is about.
 func (d *decoder) syntax(err error) {
 	text := err.Error()
 	m := yamlLine.FindStringSubmatch(text)
@@ -137,7 +141,11 @@ func (d *decoder) syntax(err error) {
 	if m[1] != "" {
 		line, _ = strconv.Atoi(m[1])
 	}
-	d.fault(line, "", "not valid YAML: %s", text[len(m[0]):])
+	text = text[len(m[0]):]
+	if oneLow.MatchString(text) {
+		line++
+	}
+	d.fault(line, "", "not valid YAML: %s", text)
 }
 
 var (
