@@ -174,6 +174,8 @@ func endBrowser(t *testing.T, dir string) {
 		}
 		return nil
 	})
+	// Its children write into the profile for a moment longer.
+	stack.Eventually(t, 10*time.Second, func() error { return os.RemoveAll(filepath.Join(dir, "profile")) })
 }
 
 // tab is the page that a person sees.
