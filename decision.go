@@ -19,6 +19,13 @@ type Request struct {
 	// Headers holds the few request headers a criterion may look at (Origin,
 	// Access-Control-Request-Method), canonical names; nil for TCP and UDP.
 	Headers map[string][]string `json:"headers,omitempty"`
+	// SSH and MCP are what a gateway knows that ends these protocols itself; nil:
+	// it only carries bytes.
+	SSH *SSHRequest `json:"ssh,omitempty"`
+	MCP *MCPRequest `json:"mcp,omitempty"`
+	// Certificate is the certificate that a browser or program showed of its own,
+	// beside the session; nil: nobody asked for one.
+	Certificate *ClientCertificate `json:"certificate,omitempty"`
 	// Peer is the address the gateway sees the session at, IPv4 unmapped.
 	Peer netip.AddrPort `json:"peer"`
 	// Flow joins the audit of policyd with that of the gateway; empty in
@@ -27,6 +34,31 @@ type Request struct {
 	// Recheck is the decision that let a live flow in, when the gateway asks
 	// about it again; policyd then audits the answer only if it is not an allow.
 	Recheck DecisionID `json:"recheck,omitempty"`
+}
+
+// SSHRequest is a login that asks for a shell, RFC 4252.
+type SSHRequest struct {
+	// Username is the account that is asked for.
+	Username string `json:"username"`
+	// PublicKey is the key or certificate that was proved, in the wire format of
+	// RFC 4253, section 6.6.
+	PublicKey []byte `json:"public_key,omitempty"`
+}
+
+// MCPRequest is a request of the Model Context Protocol.
+type MCPRequest struct {
+	Method string `json:"method"`         // "tools/call"
+	Tool   string `json:"tool,omitempty"` // of tools/call
+}
+
+// ClientCertificate is what was shown in a TLS handshake.
+type ClientCertificate struct {
+	// Presented: a certificate was shown. Valid: it chains to a CA that the site
+	// trusts for this.
+	Presented bool `json:"presented,omitempty"`
+	Valid     bool `json:"valid,omitempty"`
+	// Leaf is the certificate itself, DER.
+	Leaf []byte `json:"leaf,omitempty"`
 }
 
 // Verdict is the answer in one word. The zero Verdict allows nothing.
@@ -87,6 +119,9 @@ type Decision struct {
 	// and session that would turn the answer into an allow; it never tells of other
 	// people's data. Each inner list must hold as a whole.
 	WouldAllowIf [][]Remedy `json:"would_allow_if,omitempty"`
+	// Observed tells what rules with "mode: observe" would have changed; they have
+	// no effect.
+	Observed []Observation `json:"observed,omitempty"`
 	// ValidFor is how long the clock alone cannot change the answer; 0 means it
 	// never can. It is a duration, so gateways need no synchronised clock.
 	ValidFor time.Duration `json:"valid_for,omitempty"`
@@ -110,6 +145,13 @@ type Decision struct {
 
 // Allowed reports whether an upstream may be dialled.
 func (d Decision) Allowed() bool { return d.Verdict == VerdictAllow }
+
+// Observation is a rule that is only watched, and would have changed the answer.
+type Observation struct {
+	Rule string `json:"rule"`
+	// Would is the verdict if this rule had been in force.
+	Would Verdict `json:"would"`
+}
 
 // Reason is one condition that stood between the caller and an allow.
 type Reason struct {

@@ -14,6 +14,9 @@ type Login struct {
 	Issuer  string    `json:"issuer"`
 	Created time.Time `json:"created"`
 	Expires time.Time `json:"expires"`
+	// Authenticated is when the person last logged in for it: later than Created
+	// once the session was extended; zero: at Created.
+	Authenticated time.Time `json:"authenticated,omitzero"`
 	// AuthMethods is the ID token's "amr" (RFC 8176), plus "acr" if there is one.
 	AuthMethods []string `json:"auth_methods,omitempty"`
 }
@@ -144,6 +147,20 @@ type Config struct {
 	Applied time.Time `json:"applied,omitzero"`
 	Source  string    `json:"source,omitempty"`
 }
+
+// External is the payload of KindRecord: data about somebody or something from
+// outside, for the policy's criterion record.
+type External struct {
+	// Type says what it is ("risk"), ID whom it is about: a user id, device id or
+	// address.
+	Type string `json:"type"`
+	ID   string `json:"id"`
+	// Fields are JSON values.
+	Fields map[string]any `json:"fields"`
+}
+
+// ExternalID is the id of the record that holds the External of a type and id.
+func ExternalID(typ, id string) string { return typ + "/" + id }
 
 // Trust is the payload of KindTrust: whom gateways believe.
 type Trust struct {

@@ -22,7 +22,8 @@ const (
 	KindCode          Kind = "code"           // authd's single-use codes, states and nonces; never streamed
 	KindConfig        Kind = "config"         // Config, id = "current"
 	KindTrust         Kind = "trust"          // Trust, id = "current"
-	KindRecord        Kind = "record"         // external data for the policy, id = type/id
+	KindConfigHistory Kind = "config_history" // Config, one of each revision that was in force lately; never streamed
+	KindRecord        Kind = "record"         // External, id = type/id
 	KindLease         Kind = "lease"          // who holds a lease, id = its name; written by Lease alone, never streamed
 	KindAuditHead     Kind = "audit_head"     // the last signed head of a daemon's audit chain, id = daemon; never streamed
 )
@@ -32,7 +33,7 @@ const (
 // housekeeping has no readers.
 func (k Kind) Streamed() bool {
 	switch k {
-	case KindIDPToken, KindCode, KindLease, KindAuditHead:
+	case KindIDPToken, KindCode, KindLease, KindAuditHead, KindConfigHistory:
 		return false
 	}
 	return true

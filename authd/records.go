@@ -221,7 +221,7 @@ func (s *Server) prolong(ctx ctx, o opening, user sallyport.User, now time.Time)
 	if end := now.Add(s.session.Load().lifetime()); end.After(l.Expires) {
 		l.Expires = end
 	}
-	l.AuthMethods = o.person.AuthMethods
+	l.Authenticated, l.AuthMethods = now, o.person.AuthMethods
 	session.Expires, session.AuthMethods = s.sessionEnd(l, now), l.AuthMethods
 	session.Claims, session.Address = o.person.Claims, o.address
 	batch := []sallyport.Op{putLogin(l, live.loginAs), putSession(session, live.sessionAs)}

@@ -112,10 +112,15 @@ type asker struct {
 
 // ask prepares the input for q.
 func (a *asker) ask(q *sallyport.Request) {
-	a.in = policy.Input{Now: a.now, Request: q}
+	a.in = policy.Input{Now: a.now, Request: q, Records: a}
 	if a.in.Absent = a.snapshot.person(q.Session, a.revoked, a.now, &a.person); a.in.Absent == "" {
 		a.in.Person = &a.person
 	}
+}
+
+// External implements policy.Records.
+func (a *asker) External(typ, id string) (map[string]any, bool) {
+	return a.snapshot.external(typ, id, a.now)
 }
 
 func (a *asker) decide(q *sallyport.Request) sallyport.Decision {
@@ -141,6 +146,7 @@ func (a *asker) decide(q *sallyport.Request) sallyport.Decision {
 		d.Reasons = set.Reasons(&a.in, a.answer, false)
 		d.WouldAllowIf = set.Remedies(&a.in, a.answer)
 	}
+	d.Observed = set.Observed(&a.in, a.answer)
 	if a.in.Person != nil {
 		d.Who = a.identity(&a.person)
 	}

@@ -28,7 +28,8 @@ func difference(old, next *snapshot, now time.Time) []sallyport.SubjectChange {
 	out = compareTables(out, sallyport.KindUser, old.users, next.users, userWords, next.revision)
 	out = compareTables(out, sallyport.KindDirectoryUser, old.directory, next.directory, directoryWords, next.revision)
 	out = compareTables(out, sallyport.KindDevice, old.devices, next.devices, deviceWords, next.revision)
-	return compareTables(out, sallyport.KindPosture, old.postures, next.postures, postureWords, next.revision)
+	out = compareTables(out, sallyport.KindPosture, old.postures, next.postures, postureWords, next.revision)
+	return compareTables(out, sallyport.KindRecord, old.externals, next.externals, externalWords, next.revision)
 }
 
 func compareTables[T any](out []sallyport.SubjectChange, kind sallyport.Kind, old, next table[*held[T]],

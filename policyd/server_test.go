@@ -547,6 +547,10 @@ func TestEveryDecisionIsAudited(t *testing.T) {
 		if err := json.Unmarshal(r.Inputs, &inputs); err != nil {
 			t.Fatal(err)
 		}
+		if _, err := time.Parse(time.RFC3339Nano, fmt.Sprint(inputs["now"])); err != nil {
+			t.Errorf("the clock of the decision: %v", err)
+		}
+		delete(inputs, "now")
 		if diff := cmp.Diff(map[string]any{"groups": map[string]any{"dba": true}, "group_count": 2.0}, inputs); diff != "" {
 			t.Errorf("inputs -want +got:\n%s", diff)
 		}

@@ -11,7 +11,7 @@ import (
 // kinds are the records that decisions need.
 var kinds = []sallyport.Kind{
 	sallyport.KindLogin, sallyport.KindSession, sallyport.KindUser, sallyport.KindDirectoryUser,
-	sallyport.KindDevice, sallyport.KindPosture, sallyport.KindConfig, sallyport.KindTrust,
+	sallyport.KindDevice, sallyport.KindPosture, sallyport.KindRecord, sallyport.KindConfig, sallyport.KindTrust,
 }
 
 // held is a record's payload as the snapshot keeps it. It never changes.
@@ -55,6 +55,7 @@ type snapshot struct {
 	directory table[*held[directory]]
 	devices   table[*held[sallyport.Device]]
 	postures  table[*held[sallyport.Posture]]
+	externals table[*held[sallyport.External]]
 
 	rules  *rules           // nil: none ever loaded
 	broken error            // why the newest configuration did not load, or is missing
@@ -72,6 +73,7 @@ type snapshotDraft struct {
 	directory draft[*held[directory]]
 	devices   draft[*held[sallyport.Device]]
 	postures  draft[*held[sallyport.Posture]]
+	externals draft[*held[sallyport.External]]
 
 	now     time.Time
 	changes []sallyport.SubjectChange
@@ -82,7 +84,7 @@ func (s *snapshot) edit(cfg Config, now time.Time) *snapshotDraft {
 	return &snapshotDraft{
 		cfg: cfg, snapshot: *s, now: now,
 		logins: s.logins.edit(), sessions: s.sessions.edit(), users: s.users.edit(),
-		directory: s.directory.edit(), devices: s.devices.edit(), postures: s.postures.edit(),
+		directory: s.directory.edit(), devices: s.devices.edit(), postures: s.postures.edit(), externals: s.externals.edit(),
 	}
 }
 
@@ -90,6 +92,7 @@ func (d *snapshotDraft) finish() *snapshot {
 	s := d.snapshot
 	s.logins, s.sessions, s.users = d.logins.table, d.sessions.table, d.users.table
 	s.directory, s.devices, s.postures = d.directory.table, d.devices.table, d.postures.table
+	s.externals = d.externals.table
 	return &s
 }
 
@@ -109,6 +112,8 @@ func (d *snapshotDraft) apply(r sallyport.Record) {
 		why = take(d, &d.devices, r, sallyport.Decode[sallyport.Device], deviceWords)
 	case sallyport.KindPosture:
 		why = take(d, &d.postures, r, sallyport.Decode[sallyport.Posture], postureWords)
+	case sallyport.KindRecord:
+		why = take(d, &d.externals, r, sallyport.Decode[sallyport.External], externalWords)
 	case sallyport.KindConfig:
 		why = d.applyConfig(r)
 	case sallyport.KindTrust:
@@ -274,6 +279,15 @@ func (s *snapshot) device(p *policy.Person, now time.Time) (absent string) {
 		p.Posture = &posture.value
 	}
 	return ""
+}
+
+// external returns the fields of the live external record of a type and id.
+func (s *snapshot) external(typ, id string, now time.Time) (map[string]any, bool) {
+	r, ok := s.externals.get(sallyport.ExternalID(typ, id))
+	if !ok || r.expired(now) || r.value.Type != typ || r.value.ID != id {
+		return nil, false
+	}
+	return r.value.Fields, true
 }
 
 // earliest returns the earliest time that is not zero.

@@ -179,6 +179,22 @@ func postureWords(old, new *held[sallyport.Posture]) string {
 	return strings.Join(out, ", ")
 }
 
+// externalWords does not name fields: they may be about other people than the one
+// whose connection ends.
+func externalWords(old, new *held[sallyport.External]) string {
+	switch {
+	case new == nil && old == nil:
+		return ""
+	case new == nil:
+		return "record " + old.value.Type + " removed"
+	case old == nil:
+		return "record " + new.value.Type + " added"
+	case !reflect.DeepEqual(old.value, new.value):
+		return "record " + new.value.Type + " changed"
+	}
+	return ""
+}
+
 func sameFact(a, b sallyport.Fact) bool {
 	return a.Source == b.Source && reflect.DeepEqual(a.Value, b.Value)
 }

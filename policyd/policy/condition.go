@@ -18,7 +18,11 @@ type condition struct {
 	op operator
 	of []condition // when op is no leaf; never empty
 	is criterion   // when op is leaf
+	at place
 }
+
+// place is where something stands in a policy's text; both count from 1.
+type place struct{ line, column int32 }
 
 // eval stops at the first child that settles the answer.
 func (c *condition) eval(in *Input) Value {

@@ -73,22 +73,35 @@ func nowhere(in *Input) sallyport.Verdict {
 func (r *route) decide(in *Input) (sallyport.Verdict, *rule) {
 	anonymous := in.Person == nil
 	denied, by := strongest(r.policy.deny, in)
-	switch {
-	case denied == True:
-		return sallyport.VerdictDeny, by
-	case denied == Unknown && !anonymous:
-		return sallyport.VerdictDeny, by
-	case denied == Unknown:
-		return sallyport.VerdictLogin, nil
+	if denied != False {
+		v := judge(denied, False, anonymous)
+		if v == sallyport.VerdictLogin {
+			by = nil
+		}
+		return v, by
 	}
 	allowed, by := strongest(r.policy.allow, in)
-	switch {
-	case allowed == True:
-		return sallyport.VerdictAllow, by
-	case allowed == Unknown && anonymous:
-		return sallyport.VerdictLogin, nil
+	v := judge(False, allowed, anonymous)
+	if v != sallyport.VerdictAllow {
+		by = nil
 	}
-	return sallyport.VerdictDeny, nil
+	return v, by
+}
+
+// judge is the table of Set.Decide: the verdict on the strongest deny and allow
+// rule of a route that exists.
+func judge(denied, allowed Value, anonymous bool) sallyport.Verdict {
+	switch {
+	case denied == Unknown && anonymous:
+		return sallyport.VerdictLogin
+	case denied != False:
+		return sallyport.VerdictDeny
+	case allowed == True:
+		return sallyport.VerdictAllow
+	case allowed == Unknown && anonymous:
+		return sallyport.VerdictLogin
+	}
+	return sallyport.VerdictDeny
 }
 
 // strongest returns the highest value among the rules and the first rule that has it.
@@ -139,9 +152,34 @@ func (a Answer) Subjects(in *Input) []sallyport.Subject {
 
 // Inputs returns what the route's rules look at, for the audit log.
 func (a Answer) Inputs(in *Input) Inputs {
-	var out Inputs
+	out := Inputs{Now: in.Now, Absent: in.Absent}
 	if a.route != nil {
 		a.route.each(func(c criterion) { c.note(in, &out) })
+		a.route.eachWatched(func(c criterion) { c.note(in, &out) })
+	}
+	return out
+}
+
+// Observed tells which of the route's rules that are only observed would have
+// changed the answer a to in, and to what. in must be as it was for a.
+func (s *Set) Observed(in *Input, a Answer) []sallyport.Observation {
+	if a.route == nil || len(a.route.policy.observed) == 0 {
+		return nil
+	}
+	in.prepare(&s.site)
+	anonymous := in.Person == nil
+	denied, _ := strongest(a.route.policy.deny, in)
+	allowed, _ := strongest(a.route.policy.allow, in)
+	var out []sallyport.Observation
+	for i := range a.route.policy.observed {
+		r := &a.route.policy.observed[i]
+		would := judge(max(denied, r.when.eval(in)), allowed, anonymous)
+		if !r.denies {
+			would = judge(denied, max(allowed, r.when.eval(in)), anonymous)
+		}
+		if would != a.Verdict {
+			out = append(out, sallyport.Observation{Rule: a.route.label(r), Would: would})
+		}
 	}
 	return out
 }

@@ -70,7 +70,9 @@ func parseDevice(p *parser, _ string, n *yaml.Node) (condition, bool) {
 		}
 		c, good := p.deviceEntry(e, common)
 		ok = ok && good
-		block.of = append(block.of, leafOf(c))
+		leaf := leafOf(c)
+		leaf.at = placeOf(e.at)
+		block.of = append(block.of, leaf)
 	}
 	if len(block.of) == 0 {
 		p.fail(n, "device names no fact")
@@ -289,14 +291,22 @@ func (f *fact) found(in *Input) (string, time.Duration) {
 }
 
 func (f *fact) note(in *Input, to *Inputs) {
-	got, _, _ := f.lookup(in)
-	if got.Source == "" {
+	if in.Person == nil {
 		return
 	}
+	noteDevice(in.Person.Device, to)
 	if to.Facts == nil {
-		to.Facts = make(map[string]FactInput)
+		to.Facts = make(map[string]*FactInput)
 	}
-	to.Facts[f.name] = FactInput{got.Value, got.Source, in.age(&got).Milliseconds()}
+	to.Facts[f.name] = nil
+	if got, _, _ := f.lookup(in); got.Source != "" {
+		to.Facts[f.name] = &FactInput{got.Value, got.Source, in.age(&got).Milliseconds()}
+	}
+}
+
+func (f *fact) recalled(from *Inputs) bool {
+	_, ok := from.Facts[f.name]
+	return ok
 }
 
 const noDevice = "unknown (this session has no device)"
@@ -344,11 +354,18 @@ func (f *deviceField) found(in *Input) (string, time.Duration) {
 }
 
 func (f *deviceField) note(in *Input, to *Inputs) {
-	if in.Person == nil || in.Person.Device == nil {
-		return
+	if in.Person != nil {
+		noteDevice(in.Person.Device, to)
 	}
-	d := in.Person.Device
-	to.Device = &DeviceInput{d.ID, d.Approved, d.Type}
+}
+
+func (f *deviceField) recalled(from *Inputs) bool { return from.Device != nil }
+
+func noteDevice(d *sallyport.Device, to *Inputs) {
+	to.Device = &DeviceInput{}
+	if d != nil {
+		*to.Device = DeviceInput{d.ID, d.Approved, d.Type}
+	}
 }
 
 func valueWords(v any) string {

@@ -19,12 +19,20 @@ type Input struct {
 	Person *Person
 	// Absent says in words why there is no Person: "session revoked".
 	Absent string
+	// Records finds external records; nil: there are none.
+	Records Records
 
 	site      *Options      // of the Set that decides
 	reportAge time.Duration // since the posture was received
 	signed    time.Time     // when the device signed it, by its clock
 	until     time.Duration // how long what was looked at stays as it is; 0: for ever
 	peer      bool          // the peer's address was looked at
+}
+
+// Records finds the external records that policies look at.
+type Records interface {
+	// External returns the fields of the live record of the type and id.
+	External(typ, id string) (fields map[string]any, ok bool)
 }
 
 // prepare readies in for a question to site.
@@ -39,6 +47,14 @@ func (in *Input) prepare(site *Options) {
 	if in.Person.ExpiresIn != 0 {
 		in.lasts(in.Person.ExpiresIn)
 	}
+}
+
+// external returns an external record's fields.
+func (in *Input) external(typ, id string) (map[string]any, bool) {
+	if in.Records == nil {
+		return nil, false
+	}
+	return in.Records.External(typ, id)
 }
 
 // age is how old a fact of the person's posture is.

@@ -45,12 +45,15 @@ func (es Errors) Error() string {
 // Policy is a checked policy. It is immutable; routes with the same text share one.
 type Policy struct {
 	allow, deny []rule // in the order of the text
+	observed    []rule // those with "mode: observe", of both actions
 }
 
 type rule struct {
 	name   string // as written; may be empty
 	number int    // of its {name, allow, deny} object in the text, from 1
+	denies bool   // it stands under deny
 	when   condition
+	at     place
 }
 
 // Parse reads a policy. The error is Errors.
@@ -171,25 +174,45 @@ func (p *parser) rules(n *yaml.Node, number int, to *Policy) {
 		return
 	}
 	r := rule{number: number}
-	if i := slices.IndexFunc(entries, func(e entry) bool { return e.key == "name" }); i >= 0 {
-		r.name, _ = p.plainText(entries[i].value, "a rule's name")
-	}
+	observe := false
 	for _, e := range entries {
 		switch e.key {
+		case "name":
+			r.name, _ = p.plainText(e.value, "a rule's name")
 		case "mode":
-			p.fail(e.value, "mode is not supported by this version")
-		case "allow":
-			r.when, _ = p.body(e.value, e.key)
-			to.allow = append(to.allow, r)
-		case "deny":
-			r.when, _ = p.body(e.value, e.key)
+			observe = p.mode(e.value)
+		}
+	}
+	for _, e := range entries {
+		if e.key != "allow" && e.key != "deny" {
+			continue
+		}
+		r.denies, r.at = e.key == "deny", placeOf(e.at)
+		r.when, _ = p.body(e.value, e.key)
+		switch {
+		case observe:
+			to.observed = append(to.observed, r)
+		case r.denies:
 			to.deny = append(to.deny, r)
+		default:
+			to.allow = append(to.allow, r)
 		}
 	}
 	if !slices.ContainsFunc(entries, func(e entry) bool { return e.key == "allow" || e.key == "deny" }) {
 		p.fail(n, "a rule without allow and deny")
 	}
 }
+
+// mode reads a rule's mode and reports whether it is observe.
+func (p *parser) mode(n *yaml.Node) bool {
+	s, ok := p.plainText(n, "mode")
+	if ok && s != "observe" && s != "enforce" {
+		p.fail(n, "unknown mode %q (observe, or enforce, which is the default)%s", s, suggest(s, []string{"observe", "enforce"}))
+	}
+	return s == "observe"
+}
+
+func placeOf(n *yaml.Node) place { return place{int32(n.Line), int32(n.Column)} }
 
 var (
 	ruleKeys     = []string{"name", "allow", "deny", "mode"}
@@ -249,7 +272,7 @@ func (p *parser) block(e entry, depth int) (condition, bool) {
 		p.fail(e.value, "%s needs a list of at least one criterion", e.key)
 		return condition{}, false
 	}
-	c := condition{op: operators[e.key]}
+	c := condition{op: operators[e.key], at: placeOf(e.at)}
 	for _, n := range e.value.Content {
 		if child, ok := p.condition(n, depth); ok {
 			c.of = append(c.of, child)
@@ -277,14 +300,14 @@ func (p *parser) condition(n *yaml.Node, depth int) (condition, bool) {
 	switch {
 	case !known:
 		p.fail(e.at, "unknown criterion %q%s", name, suggest(name, append(slices.Collect(maps.Keys(criteria)), operatorKeys...)))
-	case row.parse == nil:
-		p.fail(e.at, "criterion %q is not supported by this version", name)
 	case row.sub && sub == "":
 		p.fail(e.at, "%s needs a name: %s/NAME", name, name)
 	case !row.sub && hasSub:
 		p.fail(e.at, "%s takes no /%s", name, sub)
 	default:
-		return row.parse(p, sub, e.value)
+		c, ok := row.parse(p, sub, e.value)
+		c.at = placeOf(e.at)
+		return c, ok
 	}
 	return condition{}, false
 }

@@ -379,9 +379,9 @@ func TestInputsHoldWhatWasLookedAt(t *testing.T) {
 	in.Request = &sallyport.Request{Session: "s1", Target: target(t, "tcp://db.internal:5432")}
 	a := set.Decide(in)
 	want := Inputs{
-		Email: "a@b", Groups: map[string]bool{"dba": true}, GroupCount: 2, Claims: map[string]any{"dept": "ops"},
+		Now: noon, Email: new("a@b"), Groups: map[string]bool{"dba": true}, GroupCount: 2, Claims: map[string]any{"dept": "ops"},
 		Device: &DeviceInput{ID: "d1", Type: "tpm"},
-		Facts:  map[string]FactInput{"firewall": {Value: true, Source: "os", AgeMS: 2000}},
+		Facts:  map[string]*FactInput{"firewall": {Value: true, Source: "os", AgeMS: 2000}},
 	}
 	if diff := cmp.Diff(want, a.Inputs(in)); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)

@@ -44,12 +44,12 @@ func (o Options) withDefaults() Options {
 type Set struct {
 	site   Options
 	routes []*route // in the order of the configuration
-	exact  map[place]*route
-	wild   map[place]*route // by what stands behind "*."
+	exact  map[spot]*route
+	wild   map[spot]*route // by what stands behind "*."
 }
 
-// place is what a route listens for.
-type place struct {
+// spot is what a route listens for.
+type spot struct {
 	network sallyport.Network
 	host    string
 	port    uint16
@@ -58,7 +58,7 @@ type place struct {
 type route struct {
 	from, name, carrier string
 	hidden              bool
-	at                  place
+	at                  spot
 	wildcard            bool
 	upstream            sallyport.Upstream // zero Host: the asked-for name
 	policy              *Policy
@@ -74,12 +74,12 @@ type route struct {
 func Compile(routes []sallyport.Route, opts Options) (*Set, error) {
 	s := &Set{
 		site:  opts.withDefaults(),
-		exact: make(map[place]*route, len(routes)),
-		wild:  make(map[place]*route),
+		exact: make(map[spot]*route, len(routes)),
+		wild:  make(map[spot]*route),
 	}
 	var faults fault.List
 	barred := parseForbidden(opts.Forbidden, &faults)
-	c := compiler{set: s, barred: barred, faults: &faults, first: map[place]int{}, wildFirst: map[place]int{}, names: map[string]int{}, policies: map[string]*Policy{}}
+	c := compiler{set: s, barred: barred, faults: &faults, first: map[spot]int{}, wildFirst: map[spot]int{}, names: map[string]int{}, policies: map[string]*Policy{}}
 	for i := range routes {
 		c.route(i, &routes[i])
 	}
@@ -93,7 +93,7 @@ type compiler struct {
 	set              *Set
 	barred           []barredAddress
 	faults           *fault.List
-	first, wildFirst map[place]int      // which route named the place first
+	first, wildFirst map[spot]int       // which route named the place first
 	names            map[string]int     // … and took the name
 	policies         map[string]*Policy // by text
 }
@@ -105,7 +105,7 @@ func (c *compiler) route(i int, in *sallyport.Route) {
 	if err != nil {
 		c.faults.Addf(key+".from", "%v", err)
 	} else {
-		r.at, r.wildcard = place{target.Network, target.Host, target.Port}, wildcard
+		r.at, r.wildcard = spot{target.Network, target.Host, target.Port}, wildcard
 		c.index(i, key, r)
 		if r.upstream, err = c.upstream(target, wildcard, in.To); err != nil {
 			field := key + ".to"
@@ -312,7 +312,7 @@ func (s *Set) ShortestAge() time.Duration {
 	return shortest
 }
 
-// each calls f for every criterion of the route's policy.
+// each calls f for every criterion of the route's rules that are in force.
 func (r *route) each(f func(criterion)) {
 	for _, rules := range [][]rule{r.policy.deny, r.policy.allow} {
 		for i := range rules {
@@ -321,9 +321,16 @@ func (r *route) each(f func(criterion)) {
 	}
 }
 
+// eachWatched calls f for every criterion of rules that are only observed.
+func (r *route) eachWatched(f func(criterion)) {
+	for i := range r.policy.observed {
+		r.policy.observed[i].when.each(f)
+	}
+}
+
 // lookup finds the route that decides t, or nil.
 func (s *Set) lookup(t sallyport.Target) *route {
-	if r := s.exact[place{t.Network, t.Host, t.Port}]; r != nil {
+	if r := s.exact[spot{t.Network, t.Host, t.Port}]; r != nil {
 		return r
 	}
 	if len(s.wild) == 0 {
@@ -335,7 +342,7 @@ func (s *Set) lookup(t sallyport.Target) *route {
 		if !ok {
 			return nil
 		}
-		if r := s.wild[place{t.Network, rest, t.Port}]; r != nil {
+		if r := s.wild[spot{t.Network, rest, t.Port}]; r != nil {
 			return r
 		}
 		host = rest

@@ -62,7 +62,7 @@ func noSecrets(request any) error {
 func authdWrites(request any) error {
 	return eachOp(request, func(op *pb.Op) error {
 		switch kind := sallyport.Kind(op.GetKind()); kind {
-		case sallyport.KindConfig, sallyport.KindRecord:
+		case sallyport.KindConfig, sallyport.KindConfigHistory, sallyport.KindRecord:
 			return fmt.Errorf("records of kind %s are the operator's", kind)
 		case sallyport.KindAuditHead:
 			return ownHead(KindAuthd, op)

@@ -94,6 +94,7 @@ func requestToWire(q sallyport.Request) *pb.Request {
 	return &pb.Request{
 		Session: string(q.Session), Target: targetToWire(q.Target), Method: q.Method, Path: q.Path,
 		Headers: headersToWire(q.Headers), Peer: peerToWire(q.Peer), Flow: string(q.Flow), Recheck: string(q.Recheck),
+		Ssh: sshToWire(q.SSH), Mcp: mcpToWire(q.MCP), Certificate: certificateToWire(q.Certificate),
 	}
 }
 
@@ -109,7 +110,50 @@ func requestFromWire(m *pb.Request) (sallyport.Request, error) {
 	return sallyport.Request{
 		Session: sallyport.SessionID(m.GetSession()), Target: target, Method: m.GetMethod(), Path: m.GetPath(),
 		Headers: headersFromWire(m.GetHeaders()), Peer: peer, Flow: sallyport.FlowID(m.GetFlow()), Recheck: sallyport.DecisionID(m.GetRecheck()),
+		SSH: sshFromWire(m.GetSsh()), MCP: mcpFromWire(m.GetMcp()), Certificate: certificateFromWire(m.GetCertificate()),
 	}, nil
+}
+
+func sshToWire(q *sallyport.SSHRequest) *pb.SSHRequest {
+	if q == nil {
+		return nil
+	}
+	return &pb.SSHRequest{Username: q.Username, PublicKey: q.PublicKey}
+}
+
+func sshFromWire(m *pb.SSHRequest) *sallyport.SSHRequest {
+	if m == nil {
+		return nil
+	}
+	return &sallyport.SSHRequest{Username: m.GetUsername(), PublicKey: m.GetPublicKey()}
+}
+
+func mcpToWire(q *sallyport.MCPRequest) *pb.MCPRequest {
+	if q == nil {
+		return nil
+	}
+	return &pb.MCPRequest{Method: q.Method, Tool: q.Tool}
+}
+
+func mcpFromWire(m *pb.MCPRequest) *sallyport.MCPRequest {
+	if m == nil {
+		return nil
+	}
+	return &sallyport.MCPRequest{Method: m.GetMethod(), Tool: m.GetTool()}
+}
+
+func certificateToWire(c *sallyport.ClientCertificate) *pb.ClientCertificate {
+	if c == nil {
+		return nil
+	}
+	return &pb.ClientCertificate{Presented: c.Presented, Valid: c.Valid, Leaf: c.Leaf}
+}
+
+func certificateFromWire(m *pb.ClientCertificate) *sallyport.ClientCertificate {
+	if m == nil {
+		return nil
+	}
+	return &sallyport.ClientCertificate{Presented: m.GetPresented(), Valid: m.GetValid(), Leaf: m.GetLeaf()}
 }
 
 func targetToWire(t sallyport.Target) *pb.Target {
@@ -182,7 +226,7 @@ func decisionToWire(d sallyport.Decision) *pb.Decision {
 		Reasons: each(d.Reasons, reasonToWire), WouldAllowIf: each(d.WouldAllowIf, remediesToWire),
 		ValidFor: int64(d.ValidFor), DependsOn: each(d.DependsOn, subjectToWire), DependsOnPeer: d.DependsOnPeer,
 		Upstream: upstreamToWire(d.Upstream), Carrier: d.Carrier, Epoch: string(d.Epoch), AsOf: uint64(d.AsOf),
-		PolicyRevision: uint64(d.PolicyRevision), Who: identityToWire(d.Who),
+		PolicyRevision: uint64(d.PolicyRevision), Who: identityToWire(d.Who), Observed: each(d.Observed, observationToWire),
 	}
 }
 
@@ -197,7 +241,16 @@ func decisionFromWire(m *pb.Decision) (sallyport.Decision, error) {
 		ValidFor: time.Duration(m.GetValidFor()), DependsOn: each(m.GetDependsOn(), subjectFromWire), DependsOnPeer: m.GetDependsOnPeer(),
 		Upstream: upstream, Carrier: m.GetCarrier(), Epoch: sallyport.Epoch(m.GetEpoch()), AsOf: sallyport.Revision(m.GetAsOf()),
 		PolicyRevision: sallyport.Revision(m.GetPolicyRevision()), Who: identityFromWire(m.GetWho()),
+		Observed: each(m.GetObserved(), observationFromWire),
 	}, nil
+}
+
+func observationToWire(o sallyport.Observation) *pb.Observation {
+	return &pb.Observation{Rule: o.Rule, Would: verdictToWire(o.Would)}
+}
+
+func observationFromWire(m *pb.Observation) sallyport.Observation {
+	return sallyport.Observation{Rule: m.GetRule(), Would: verdictFromWire(m.GetWould())}
 }
 
 // verdicts pairs the two sides by name, not by number: what is missing here on

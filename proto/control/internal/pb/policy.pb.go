@@ -75,7 +75,7 @@ func (x Decision_Verdict) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Decision_Verdict.Descriptor instead.
 func (Decision_Verdict) EnumDescriptor() ([]byte, []int) {
-	return file_proto_control_policy_proto_rawDescGZIP(), []int{5, 0}
+	return file_proto_control_policy_proto_rawDescGZIP(), []int{8, 0}
 }
 
 type AuthorizeRequest struct {
@@ -175,9 +175,12 @@ type Request struct {
 	Headers []*Header              `protobuf:"bytes,5,rep,name=headers,proto3" json:"headers,omitempty"`
 	// Address (4 or 16 bytes, then the zone) and port (2 bytes, little-endian) as
 	// netip.AddrPort marshals itself; empty: unknown.
-	Peer          []byte `protobuf:"bytes,6,opt,name=peer,proto3" json:"peer,omitempty"`
-	Flow          string `protobuf:"bytes,7,opt,name=flow,proto3" json:"flow,omitempty"`
-	Recheck       string `protobuf:"bytes,8,opt,name=recheck,proto3" json:"recheck,omitempty"`
+	Peer          []byte             `protobuf:"bytes,6,opt,name=peer,proto3" json:"peer,omitempty"`
+	Flow          string             `protobuf:"bytes,7,opt,name=flow,proto3" json:"flow,omitempty"`
+	Recheck       string             `protobuf:"bytes,8,opt,name=recheck,proto3" json:"recheck,omitempty"`
+	Ssh           *SSHRequest        `protobuf:"bytes,9,opt,name=ssh,proto3" json:"ssh,omitempty"`
+	Mcp           *MCPRequest        `protobuf:"bytes,10,opt,name=mcp,proto3" json:"mcp,omitempty"`
+	Certificate   *ClientCertificate `protobuf:"bytes,11,opt,name=certificate,proto3" json:"certificate,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -268,6 +271,191 @@ func (x *Request) GetRecheck() string {
 	return ""
 }
 
+func (x *Request) GetSsh() *SSHRequest {
+	if x != nil {
+		return x.Ssh
+	}
+	return nil
+}
+
+func (x *Request) GetMcp() *MCPRequest {
+	if x != nil {
+		return x.Mcp
+	}
+	return nil
+}
+
+func (x *Request) GetCertificate() *ClientCertificate {
+	if x != nil {
+		return x.Certificate
+	}
+	return nil
+}
+
+type SSHRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Username      string                 `protobuf:"bytes,1,opt,name=username,proto3" json:"username,omitempty"`
+	PublicKey     []byte                 `protobuf:"bytes,2,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SSHRequest) Reset() {
+	*x = SSHRequest{}
+	mi := &file_proto_control_policy_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SSHRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SSHRequest) ProtoMessage() {}
+
+func (x *SSHRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_control_policy_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SSHRequest.ProtoReflect.Descriptor instead.
+func (*SSHRequest) Descriptor() ([]byte, []int) {
+	return file_proto_control_policy_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *SSHRequest) GetUsername() string {
+	if x != nil {
+		return x.Username
+	}
+	return ""
+}
+
+func (x *SSHRequest) GetPublicKey() []byte {
+	if x != nil {
+		return x.PublicKey
+	}
+	return nil
+}
+
+type MCPRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Method        string                 `protobuf:"bytes,1,opt,name=method,proto3" json:"method,omitempty"`
+	Tool          string                 `protobuf:"bytes,2,opt,name=tool,proto3" json:"tool,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MCPRequest) Reset() {
+	*x = MCPRequest{}
+	mi := &file_proto_control_policy_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MCPRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MCPRequest) ProtoMessage() {}
+
+func (x *MCPRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_control_policy_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MCPRequest.ProtoReflect.Descriptor instead.
+func (*MCPRequest) Descriptor() ([]byte, []int) {
+	return file_proto_control_policy_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *MCPRequest) GetMethod() string {
+	if x != nil {
+		return x.Method
+	}
+	return ""
+}
+
+func (x *MCPRequest) GetTool() string {
+	if x != nil {
+		return x.Tool
+	}
+	return ""
+}
+
+type ClientCertificate struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Presented     bool                   `protobuf:"varint,1,opt,name=presented,proto3" json:"presented,omitempty"`
+	Valid         bool                   `protobuf:"varint,2,opt,name=valid,proto3" json:"valid,omitempty"`
+	Leaf          []byte                 `protobuf:"bytes,3,opt,name=leaf,proto3" json:"leaf,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ClientCertificate) Reset() {
+	*x = ClientCertificate{}
+	mi := &file_proto_control_policy_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClientCertificate) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClientCertificate) ProtoMessage() {}
+
+func (x *ClientCertificate) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_control_policy_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClientCertificate.ProtoReflect.Descriptor instead.
+func (*ClientCertificate) Descriptor() ([]byte, []int) {
+	return file_proto_control_policy_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *ClientCertificate) GetPresented() bool {
+	if x != nil {
+		return x.Presented
+	}
+	return false
+}
+
+func (x *ClientCertificate) GetValid() bool {
+	if x != nil {
+		return x.Valid
+	}
+	return false
+}
+
+func (x *ClientCertificate) GetLeaf() []byte {
+	if x != nil {
+		return x.Leaf
+	}
+	return nil
+}
+
 type Target struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Network       string                 `protobuf:"bytes,1,opt,name=network,proto3" json:"network,omitempty"`
@@ -279,7 +467,7 @@ type Target struct {
 
 func (x *Target) Reset() {
 	*x = Target{}
-	mi := &file_proto_control_policy_proto_msgTypes[3]
+	mi := &file_proto_control_policy_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -291,7 +479,7 @@ func (x *Target) String() string {
 func (*Target) ProtoMessage() {}
 
 func (x *Target) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_control_policy_proto_msgTypes[3]
+	mi := &file_proto_control_policy_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -304,7 +492,7 @@ func (x *Target) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Target.ProtoReflect.Descriptor instead.
 func (*Target) Descriptor() ([]byte, []int) {
-	return file_proto_control_policy_proto_rawDescGZIP(), []int{3}
+	return file_proto_control_policy_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Target) GetNetwork() string {
@@ -338,7 +526,7 @@ type Header struct {
 
 func (x *Header) Reset() {
 	*x = Header{}
-	mi := &file_proto_control_policy_proto_msgTypes[4]
+	mi := &file_proto_control_policy_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -350,7 +538,7 @@ func (x *Header) String() string {
 func (*Header) ProtoMessage() {}
 
 func (x *Header) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_control_policy_proto_msgTypes[4]
+	mi := &file_proto_control_policy_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -363,7 +551,7 @@ func (x *Header) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Header.ProtoReflect.Descriptor instead.
 func (*Header) Descriptor() ([]byte, []int) {
-	return file_proto_control_policy_proto_rawDescGZIP(), []int{4}
+	return file_proto_control_policy_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Header) GetName() string {
@@ -397,13 +585,14 @@ type Decision struct {
 	AsOf           uint64                 `protobuf:"varint,13,opt,name=as_of,json=asOf,proto3" json:"as_of,omitempty"`
 	PolicyRevision uint64                 `protobuf:"varint,14,opt,name=policy_revision,json=policyRevision,proto3" json:"policy_revision,omitempty"`
 	Who            *Identity              `protobuf:"bytes,15,opt,name=who,proto3" json:"who,omitempty"`
+	Observed       []*Observation         `protobuf:"bytes,16,rep,name=observed,proto3" json:"observed,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Decision) Reset() {
 	*x = Decision{}
-	mi := &file_proto_control_policy_proto_msgTypes[5]
+	mi := &file_proto_control_policy_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -415,7 +604,7 @@ func (x *Decision) String() string {
 func (*Decision) ProtoMessage() {}
 
 func (x *Decision) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_control_policy_proto_msgTypes[5]
+	mi := &file_proto_control_policy_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -428,7 +617,7 @@ func (x *Decision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Decision.ProtoReflect.Descriptor instead.
 func (*Decision) Descriptor() ([]byte, []int) {
-	return file_proto_control_policy_proto_rawDescGZIP(), []int{5}
+	return file_proto_control_policy_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Decision) GetId() string {
@@ -536,6 +725,65 @@ func (x *Decision) GetWho() *Identity {
 	return nil
 }
 
+func (x *Decision) GetObserved() []*Observation {
+	if x != nil {
+		return x.Observed
+	}
+	return nil
+}
+
+type Observation struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Rule          string                 `protobuf:"bytes,1,opt,name=rule,proto3" json:"rule,omitempty"`
+	Would         Decision_Verdict       `protobuf:"varint,2,opt,name=would,proto3,enum=sallyport.control.v1.Decision_Verdict" json:"would,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Observation) Reset() {
+	*x = Observation{}
+	mi := &file_proto_control_policy_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Observation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Observation) ProtoMessage() {}
+
+func (x *Observation) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_control_policy_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Observation.ProtoReflect.Descriptor instead.
+func (*Observation) Descriptor() ([]byte, []int) {
+	return file_proto_control_policy_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *Observation) GetRule() string {
+	if x != nil {
+		return x.Rule
+	}
+	return ""
+}
+
+func (x *Observation) GetWould() Decision_Verdict {
+	if x != nil {
+		return x.Would
+	}
+	return Decision_DENY
+}
+
 type Reason struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Rule          string                 `protobuf:"bytes,1,opt,name=rule,proto3" json:"rule,omitempty"`
@@ -550,7 +798,7 @@ type Reason struct {
 
 func (x *Reason) Reset() {
 	*x = Reason{}
-	mi := &file_proto_control_policy_proto_msgTypes[6]
+	mi := &file_proto_control_policy_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -562,7 +810,7 @@ func (x *Reason) String() string {
 func (*Reason) ProtoMessage() {}
 
 func (x *Reason) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_control_policy_proto_msgTypes[6]
+	mi := &file_proto_control_policy_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -575,7 +823,7 @@ func (x *Reason) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reason.ProtoReflect.Descriptor instead.
 func (*Reason) Descriptor() ([]byte, []int) {
-	return file_proto_control_policy_proto_rawDescGZIP(), []int{6}
+	return file_proto_control_policy_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Reason) GetRule() string {
@@ -629,7 +877,7 @@ type Remedies struct {
 
 func (x *Remedies) Reset() {
 	*x = Remedies{}
-	mi := &file_proto_control_policy_proto_msgTypes[7]
+	mi := &file_proto_control_policy_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -641,7 +889,7 @@ func (x *Remedies) String() string {
 func (*Remedies) ProtoMessage() {}
 
 func (x *Remedies) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_control_policy_proto_msgTypes[7]
+	mi := &file_proto_control_policy_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -654,7 +902,7 @@ func (x *Remedies) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Remedies.ProtoReflect.Descriptor instead.
 func (*Remedies) Descriptor() ([]byte, []int) {
-	return file_proto_control_policy_proto_rawDescGZIP(), []int{7}
+	return file_proto_control_policy_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Remedies) GetAll() []*Remedy {
@@ -675,7 +923,7 @@ type Remedy struct {
 
 func (x *Remedy) Reset() {
 	*x = Remedy{}
-	mi := &file_proto_control_policy_proto_msgTypes[8]
+	mi := &file_proto_control_policy_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -687,7 +935,7 @@ func (x *Remedy) String() string {
 func (*Remedy) ProtoMessage() {}
 
 func (x *Remedy) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_control_policy_proto_msgTypes[8]
+	mi := &file_proto_control_policy_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -700,7 +948,7 @@ func (x *Remedy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Remedy.ProtoReflect.Descriptor instead.
 func (*Remedy) Descriptor() ([]byte, []int) {
-	return file_proto_control_policy_proto_rawDescGZIP(), []int{8}
+	return file_proto_control_policy_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Remedy) GetCondition() string {
@@ -734,7 +982,7 @@ type Subject struct {
 
 func (x *Subject) Reset() {
 	*x = Subject{}
-	mi := &file_proto_control_policy_proto_msgTypes[9]
+	mi := &file_proto_control_policy_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -746,7 +994,7 @@ func (x *Subject) String() string {
 func (*Subject) ProtoMessage() {}
 
 func (x *Subject) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_control_policy_proto_msgTypes[9]
+	mi := &file_proto_control_policy_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -759,7 +1007,7 @@ func (x *Subject) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Subject.ProtoReflect.Descriptor instead.
 func (*Subject) Descriptor() ([]byte, []int) {
-	return file_proto_control_policy_proto_rawDescGZIP(), []int{9}
+	return file_proto_control_policy_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Subject) GetKind() string {
@@ -788,7 +1036,7 @@ type Upstream struct {
 
 func (x *Upstream) Reset() {
 	*x = Upstream{}
-	mi := &file_proto_control_policy_proto_msgTypes[10]
+	mi := &file_proto_control_policy_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -800,7 +1048,7 @@ func (x *Upstream) String() string {
 func (*Upstream) ProtoMessage() {}
 
 func (x *Upstream) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_control_policy_proto_msgTypes[10]
+	mi := &file_proto_control_policy_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -813,7 +1061,7 @@ func (x *Upstream) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Upstream.ProtoReflect.Descriptor instead.
 func (*Upstream) Descriptor() ([]byte, []int) {
-	return file_proto_control_policy_proto_rawDescGZIP(), []int{10}
+	return file_proto_control_policy_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Upstream) GetNetwork() string {
@@ -860,7 +1108,7 @@ type Identity struct {
 
 func (x *Identity) Reset() {
 	*x = Identity{}
-	mi := &file_proto_control_policy_proto_msgTypes[11]
+	mi := &file_proto_control_policy_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -872,7 +1120,7 @@ func (x *Identity) String() string {
 func (*Identity) ProtoMessage() {}
 
 func (x *Identity) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_control_policy_proto_msgTypes[11]
+	mi := &file_proto_control_policy_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -885,7 +1133,7 @@ func (x *Identity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Identity.ProtoReflect.Descriptor instead.
 func (*Identity) Descriptor() ([]byte, []int) {
-	return file_proto_control_policy_proto_rawDescGZIP(), []int{11}
+	return file_proto_control_policy_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Identity) GetSession() string {
@@ -955,7 +1203,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_proto_control_policy_proto_msgTypes[12]
+	mi := &file_proto_control_policy_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -967,7 +1215,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_control_policy_proto_msgTypes[12]
+	mi := &file_proto_control_policy_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -980,7 +1228,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_proto_control_policy_proto_rawDescGZIP(), []int{12}
+	return file_proto_control_policy_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ListRequest) GetSession() string {
@@ -1015,7 +1263,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_proto_control_policy_proto_msgTypes[13]
+	mi := &file_proto_control_policy_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1027,7 +1275,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_control_policy_proto_msgTypes[13]
+	mi := &file_proto_control_policy_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1040,7 +1288,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_proto_control_policy_proto_rawDescGZIP(), []int{13}
+	return file_proto_control_policy_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListResponse) GetListing() []byte {
@@ -1058,7 +1306,7 @@ type ChangesRequest struct {
 
 func (x *ChangesRequest) Reset() {
 	*x = ChangesRequest{}
-	mi := &file_proto_control_policy_proto_msgTypes[14]
+	mi := &file_proto_control_policy_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1070,7 +1318,7 @@ func (x *ChangesRequest) String() string {
 func (*ChangesRequest) ProtoMessage() {}
 
 func (x *ChangesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_control_policy_proto_msgTypes[14]
+	mi := &file_proto_control_policy_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1083,7 +1331,7 @@ func (x *ChangesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangesRequest.ProtoReflect.Descriptor instead.
 func (*ChangesRequest) Descriptor() ([]byte, []int) {
-	return file_proto_control_policy_proto_rawDescGZIP(), []int{14}
+	return file_proto_control_policy_proto_rawDescGZIP(), []int{18}
 }
 
 type ChangesEvent struct {
@@ -1096,7 +1344,7 @@ type ChangesEvent struct {
 
 func (x *ChangesEvent) Reset() {
 	*x = ChangesEvent{}
-	mi := &file_proto_control_policy_proto_msgTypes[15]
+	mi := &file_proto_control_policy_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1108,7 +1356,7 @@ func (x *ChangesEvent) String() string {
 func (*ChangesEvent) ProtoMessage() {}
 
 func (x *ChangesEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_control_policy_proto_msgTypes[15]
+	mi := &file_proto_control_policy_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1121,7 +1369,7 @@ func (x *ChangesEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangesEvent.ProtoReflect.Descriptor instead.
 func (*ChangesEvent) Descriptor() ([]byte, []int) {
-	return file_proto_control_policy_proto_rawDescGZIP(), []int{15}
+	return file_proto_control_policy_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ChangesEvent) GetNotice() *Notice {
@@ -1148,7 +1396,7 @@ type Notice struct {
 
 func (x *Notice) Reset() {
 	*x = Notice{}
-	mi := &file_proto_control_policy_proto_msgTypes[16]
+	mi := &file_proto_control_policy_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1160,7 +1408,7 @@ func (x *Notice) String() string {
 func (*Notice) ProtoMessage() {}
 
 func (x *Notice) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_control_policy_proto_msgTypes[16]
+	mi := &file_proto_control_policy_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1173,7 +1421,7 @@ func (x *Notice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Notice.ProtoReflect.Descriptor instead.
 func (*Notice) Descriptor() ([]byte, []int) {
-	return file_proto_control_policy_proto_rawDescGZIP(), []int{16}
+	return file_proto_control_policy_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Notice) GetEpoch() string {
@@ -1250,7 +1498,7 @@ type SubjectChange struct {
 
 func (x *SubjectChange) Reset() {
 	*x = SubjectChange{}
-	mi := &file_proto_control_policy_proto_msgTypes[17]
+	mi := &file_proto_control_policy_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1262,7 +1510,7 @@ func (x *SubjectChange) String() string {
 func (*SubjectChange) ProtoMessage() {}
 
 func (x *SubjectChange) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_control_policy_proto_msgTypes[17]
+	mi := &file_proto_control_policy_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1275,7 +1523,7 @@ func (x *SubjectChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SubjectChange.ProtoReflect.Descriptor instead.
 func (*SubjectChange) Descriptor() ([]byte, []int) {
-	return file_proto_control_policy_proto_rawDescGZIP(), []int{17}
+	return file_proto_control_policy_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *SubjectChange) GetSubject() *Subject {
@@ -1308,7 +1556,7 @@ type Trust struct {
 
 func (x *Trust) Reset() {
 	*x = Trust{}
-	mi := &file_proto_control_policy_proto_msgTypes[18]
+	mi := &file_proto_control_policy_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1320,7 +1568,7 @@ func (x *Trust) String() string {
 func (*Trust) ProtoMessage() {}
 
 func (x *Trust) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_control_policy_proto_msgTypes[18]
+	mi := &file_proto_control_policy_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1333,7 +1581,7 @@ func (x *Trust) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Trust.ProtoReflect.Descriptor instead.
 func (*Trust) Descriptor() ([]byte, []int) {
-	return file_proto_control_policy_proto_rawDescGZIP(), []int{18}
+	return file_proto_control_policy_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Trust) GetSessionCas() string {
@@ -1353,7 +1601,7 @@ type ReportPostureRequest struct {
 
 func (x *ReportPostureRequest) Reset() {
 	*x = ReportPostureRequest{}
-	mi := &file_proto_control_policy_proto_msgTypes[19]
+	mi := &file_proto_control_policy_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1365,7 +1613,7 @@ func (x *ReportPostureRequest) String() string {
 func (*ReportPostureRequest) ProtoMessage() {}
 
 func (x *ReportPostureRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_control_policy_proto_msgTypes[19]
+	mi := &file_proto_control_policy_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1378,7 +1626,7 @@ func (x *ReportPostureRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportPostureRequest.ProtoReflect.Descriptor instead.
 func (*ReportPostureRequest) Descriptor() ([]byte, []int) {
-	return file_proto_control_policy_proto_rawDescGZIP(), []int{19}
+	return file_proto_control_policy_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ReportPostureRequest) GetSession() string {
@@ -1403,7 +1651,7 @@ type ReportPostureResponse struct {
 
 func (x *ReportPostureResponse) Reset() {
 	*x = ReportPostureResponse{}
-	mi := &file_proto_control_policy_proto_msgTypes[20]
+	mi := &file_proto_control_policy_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1415,7 +1663,7 @@ func (x *ReportPostureResponse) String() string {
 func (*ReportPostureResponse) ProtoMessage() {}
 
 func (x *ReportPostureResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_control_policy_proto_msgTypes[20]
+	mi := &file_proto_control_policy_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1428,7 +1676,7 @@ func (x *ReportPostureResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportPostureResponse.ProtoReflect.Descriptor instead.
 func (*ReportPostureResponse) Descriptor() ([]byte, []int) {
-	return file_proto_control_policy_proto_rawDescGZIP(), []int{20}
+	return file_proto_control_policy_proto_rawDescGZIP(), []int{24}
 }
 
 var File_proto_control_policy_proto protoreflect.FileDescriptor
@@ -1439,7 +1687,7 @@ const file_proto_control_policy_proto_rawDesc = "" +
 	"\x10AuthorizeRequest\x12;\n" +
 	"\tquestions\x18\x01 \x03(\v2\x1d.sallyport.control.v1.RequestR\tquestions\"Q\n" +
 	"\x11AuthorizeResponse\x12<\n" +
-	"\tdecisions\x18\x01 \x03(\v2\x1e.sallyport.control.v1.DecisionR\tdecisions\"\xff\x01\n" +
+	"\tdecisions\x18\x01 \x03(\v2\x1e.sallyport.control.v1.DecisionR\tdecisions\"\xb2\x03\n" +
 	"\aRequest\x12\x18\n" +
 	"\asession\x18\x01 \x01(\tR\asession\x124\n" +
 	"\x06target\x18\x02 \x01(\v2\x1c.sallyport.control.v1.TargetR\x06target\x12\x16\n" +
@@ -1448,14 +1696,31 @@ const file_proto_control_policy_proto_rawDesc = "" +
 	"\aheaders\x18\x05 \x03(\v2\x1c.sallyport.control.v1.HeaderR\aheaders\x12\x12\n" +
 	"\x04peer\x18\x06 \x01(\fR\x04peer\x12\x12\n" +
 	"\x04flow\x18\a \x01(\tR\x04flow\x12\x18\n" +
-	"\arecheck\x18\b \x01(\tR\arecheck\"J\n" +
+	"\arecheck\x18\b \x01(\tR\arecheck\x122\n" +
+	"\x03ssh\x18\t \x01(\v2 .sallyport.control.v1.SSHRequestR\x03ssh\x122\n" +
+	"\x03mcp\x18\n" +
+	" \x01(\v2 .sallyport.control.v1.MCPRequestR\x03mcp\x12I\n" +
+	"\vcertificate\x18\v \x01(\v2'.sallyport.control.v1.ClientCertificateR\vcertificate\"G\n" +
+	"\n" +
+	"SSHRequest\x12\x1a\n" +
+	"\busername\x18\x01 \x01(\tR\busername\x12\x1d\n" +
+	"\n" +
+	"public_key\x18\x02 \x01(\fR\tpublicKey\"8\n" +
+	"\n" +
+	"MCPRequest\x12\x16\n" +
+	"\x06method\x18\x01 \x01(\tR\x06method\x12\x12\n" +
+	"\x04tool\x18\x02 \x01(\tR\x04tool\"[\n" +
+	"\x11ClientCertificate\x12\x1c\n" +
+	"\tpresented\x18\x01 \x01(\bR\tpresented\x12\x14\n" +
+	"\x05valid\x18\x02 \x01(\bR\x05valid\x12\x12\n" +
+	"\x04leaf\x18\x03 \x01(\fR\x04leaf\"J\n" +
 	"\x06Target\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12\x12\n" +
 	"\x04port\x18\x03 \x01(\rR\x04port\"4\n" +
 	"\x06Header\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
-	"\x06values\x18\x02 \x03(\tR\x06values\"\xa9\x05\n" +
+	"\x06values\x18\x02 \x03(\tR\x06values\"\xe8\x05\n" +
 	"\bDecision\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12@\n" +
 	"\averdict\x18\x02 \x01(\x0e2&.sallyport.control.v1.Decision.VerdictR\averdict\x12\x12\n" +
@@ -1473,13 +1738,17 @@ const file_proto_control_policy_proto_rawDesc = "" +
 	"\x05epoch\x18\f \x01(\tR\x05epoch\x12\x13\n" +
 	"\x05as_of\x18\r \x01(\x04R\x04asOf\x12'\n" +
 	"\x0fpolicy_revision\x18\x0e \x01(\x04R\x0epolicyRevision\x120\n" +
-	"\x03who\x18\x0f \x01(\v2\x1e.sallyport.control.v1.IdentityR\x03who\"D\n" +
+	"\x03who\x18\x0f \x01(\v2\x1e.sallyport.control.v1.IdentityR\x03who\x12=\n" +
+	"\bobserved\x18\x10 \x03(\v2!.sallyport.control.v1.ObservationR\bobserved\"D\n" +
 	"\aVerdict\x12\b\n" +
 	"\x04DENY\x10\x00\x12\t\n" +
 	"\x05ALLOW\x10\x01\x12\t\n" +
 	"\x05LOGIN\x10\x02\x12\f\n" +
 	"\bNO_ROUTE\x10\x03\x12\v\n" +
-	"\aPENDING\x10\x04\"\x92\x01\n" +
+	"\aPENDING\x10\x04\"_\n" +
+	"\vObservation\x12\x12\n" +
+	"\x04rule\x18\x01 \x01(\tR\x04rule\x12<\n" +
+	"\x05would\x18\x02 \x01(\x0e2&.sallyport.control.v1.Decision.VerdictR\x05would\"\x92\x01\n" +
 	"\x06Reason\x12\x12\n" +
 	"\x04rule\x18\x01 \x01(\tR\x04rule\x12\x1c\n" +
 	"\tcondition\x18\x02 \x01(\tR\tcondition\x12\x16\n" +
@@ -1562,62 +1831,71 @@ func file_proto_control_policy_proto_rawDescGZIP() []byte {
 }
 
 var file_proto_control_policy_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_proto_control_policy_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_proto_control_policy_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_proto_control_policy_proto_goTypes = []any{
 	(Decision_Verdict)(0),         // 0: sallyport.control.v1.Decision.Verdict
 	(*AuthorizeRequest)(nil),      // 1: sallyport.control.v1.AuthorizeRequest
 	(*AuthorizeResponse)(nil),     // 2: sallyport.control.v1.AuthorizeResponse
 	(*Request)(nil),               // 3: sallyport.control.v1.Request
-	(*Target)(nil),                // 4: sallyport.control.v1.Target
-	(*Header)(nil),                // 5: sallyport.control.v1.Header
-	(*Decision)(nil),              // 6: sallyport.control.v1.Decision
-	(*Reason)(nil),                // 7: sallyport.control.v1.Reason
-	(*Remedies)(nil),              // 8: sallyport.control.v1.Remedies
-	(*Remedy)(nil),                // 9: sallyport.control.v1.Remedy
-	(*Subject)(nil),               // 10: sallyport.control.v1.Subject
-	(*Upstream)(nil),              // 11: sallyport.control.v1.Upstream
-	(*Identity)(nil),              // 12: sallyport.control.v1.Identity
-	(*ListRequest)(nil),           // 13: sallyport.control.v1.ListRequest
-	(*ListResponse)(nil),          // 14: sallyport.control.v1.ListResponse
-	(*ChangesRequest)(nil),        // 15: sallyport.control.v1.ChangesRequest
-	(*ChangesEvent)(nil),          // 16: sallyport.control.v1.ChangesEvent
-	(*Notice)(nil),                // 17: sallyport.control.v1.Notice
-	(*SubjectChange)(nil),         // 18: sallyport.control.v1.SubjectChange
-	(*Trust)(nil),                 // 19: sallyport.control.v1.Trust
-	(*ReportPostureRequest)(nil),  // 20: sallyport.control.v1.ReportPostureRequest
-	(*ReportPostureResponse)(nil), // 21: sallyport.control.v1.ReportPostureResponse
+	(*SSHRequest)(nil),            // 4: sallyport.control.v1.SSHRequest
+	(*MCPRequest)(nil),            // 5: sallyport.control.v1.MCPRequest
+	(*ClientCertificate)(nil),     // 6: sallyport.control.v1.ClientCertificate
+	(*Target)(nil),                // 7: sallyport.control.v1.Target
+	(*Header)(nil),                // 8: sallyport.control.v1.Header
+	(*Decision)(nil),              // 9: sallyport.control.v1.Decision
+	(*Observation)(nil),           // 10: sallyport.control.v1.Observation
+	(*Reason)(nil),                // 11: sallyport.control.v1.Reason
+	(*Remedies)(nil),              // 12: sallyport.control.v1.Remedies
+	(*Remedy)(nil),                // 13: sallyport.control.v1.Remedy
+	(*Subject)(nil),               // 14: sallyport.control.v1.Subject
+	(*Upstream)(nil),              // 15: sallyport.control.v1.Upstream
+	(*Identity)(nil),              // 16: sallyport.control.v1.Identity
+	(*ListRequest)(nil),           // 17: sallyport.control.v1.ListRequest
+	(*ListResponse)(nil),          // 18: sallyport.control.v1.ListResponse
+	(*ChangesRequest)(nil),        // 19: sallyport.control.v1.ChangesRequest
+	(*ChangesEvent)(nil),          // 20: sallyport.control.v1.ChangesEvent
+	(*Notice)(nil),                // 21: sallyport.control.v1.Notice
+	(*SubjectChange)(nil),         // 22: sallyport.control.v1.SubjectChange
+	(*Trust)(nil),                 // 23: sallyport.control.v1.Trust
+	(*ReportPostureRequest)(nil),  // 24: sallyport.control.v1.ReportPostureRequest
+	(*ReportPostureResponse)(nil), // 25: sallyport.control.v1.ReportPostureResponse
 }
 var file_proto_control_policy_proto_depIdxs = []int32{
 	3,  // 0: sallyport.control.v1.AuthorizeRequest.questions:type_name -> sallyport.control.v1.Request
-	6,  // 1: sallyport.control.v1.AuthorizeResponse.decisions:type_name -> sallyport.control.v1.Decision
-	4,  // 2: sallyport.control.v1.Request.target:type_name -> sallyport.control.v1.Target
-	5,  // 3: sallyport.control.v1.Request.headers:type_name -> sallyport.control.v1.Header
-	0,  // 4: sallyport.control.v1.Decision.verdict:type_name -> sallyport.control.v1.Decision.Verdict
-	7,  // 5: sallyport.control.v1.Decision.reasons:type_name -> sallyport.control.v1.Reason
-	8,  // 6: sallyport.control.v1.Decision.would_allow_if:type_name -> sallyport.control.v1.Remedies
-	10, // 7: sallyport.control.v1.Decision.depends_on:type_name -> sallyport.control.v1.Subject
-	11, // 8: sallyport.control.v1.Decision.upstream:type_name -> sallyport.control.v1.Upstream
-	12, // 9: sallyport.control.v1.Decision.who:type_name -> sallyport.control.v1.Identity
-	9,  // 10: sallyport.control.v1.Remedies.all:type_name -> sallyport.control.v1.Remedy
-	17, // 11: sallyport.control.v1.ChangesEvent.notice:type_name -> sallyport.control.v1.Notice
-	18, // 12: sallyport.control.v1.Notice.changes:type_name -> sallyport.control.v1.SubjectChange
-	19, // 13: sallyport.control.v1.Notice.trust:type_name -> sallyport.control.v1.Trust
-	10, // 14: sallyport.control.v1.SubjectChange.subject:type_name -> sallyport.control.v1.Subject
-	1,  // 15: sallyport.control.v1.Policy.Authorize:input_type -> sallyport.control.v1.AuthorizeRequest
-	3,  // 16: sallyport.control.v1.Policy.Explain:input_type -> sallyport.control.v1.Request
-	13, // 17: sallyport.control.v1.Policy.List:input_type -> sallyport.control.v1.ListRequest
-	15, // 18: sallyport.control.v1.Policy.Changes:input_type -> sallyport.control.v1.ChangesRequest
-	20, // 19: sallyport.control.v1.Policy.ReportPosture:input_type -> sallyport.control.v1.ReportPostureRequest
-	2,  // 20: sallyport.control.v1.Policy.Authorize:output_type -> sallyport.control.v1.AuthorizeResponse
-	6,  // 21: sallyport.control.v1.Policy.Explain:output_type -> sallyport.control.v1.Decision
-	14, // 22: sallyport.control.v1.Policy.List:output_type -> sallyport.control.v1.ListResponse
-	16, // 23: sallyport.control.v1.Policy.Changes:output_type -> sallyport.control.v1.ChangesEvent
-	21, // 24: sallyport.control.v1.Policy.ReportPosture:output_type -> sallyport.control.v1.ReportPostureResponse
-	20, // [20:25] is the sub-list for method output_type
-	15, // [15:20] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	9,  // 1: sallyport.control.v1.AuthorizeResponse.decisions:type_name -> sallyport.control.v1.Decision
+	7,  // 2: sallyport.control.v1.Request.target:type_name -> sallyport.control.v1.Target
+	8,  // 3: sallyport.control.v1.Request.headers:type_name -> sallyport.control.v1.Header
+	4,  // 4: sallyport.control.v1.Request.ssh:type_name -> sallyport.control.v1.SSHRequest
+	5,  // 5: sallyport.control.v1.Request.mcp:type_name -> sallyport.control.v1.MCPRequest
+	6,  // 6: sallyport.control.v1.Request.certificate:type_name -> sallyport.control.v1.ClientCertificate
+	0,  // 7: sallyport.control.v1.Decision.verdict:type_name -> sallyport.control.v1.Decision.Verdict
+	11, // 8: sallyport.control.v1.Decision.reasons:type_name -> sallyport.control.v1.Reason
+	12, // 9: sallyport.control.v1.Decision.would_allow_if:type_name -> sallyport.control.v1.Remedies
+	14, // 10: sallyport.control.v1.Decision.depends_on:type_name -> sallyport.control.v1.Subject
+	15, // 11: sallyport.control.v1.Decision.upstream:type_name -> sallyport.control.v1.Upstream
+	16, // 12: sallyport.control.v1.Decision.who:type_name -> sallyport.control.v1.Identity
+	10, // 13: sallyport.control.v1.Decision.observed:type_name -> sallyport.control.v1.Observation
+	0,  // 14: sallyport.control.v1.Observation.would:type_name -> sallyport.control.v1.Decision.Verdict
+	13, // 15: sallyport.control.v1.Remedies.all:type_name -> sallyport.control.v1.Remedy
+	21, // 16: sallyport.control.v1.ChangesEvent.notice:type_name -> sallyport.control.v1.Notice
+	22, // 17: sallyport.control.v1.Notice.changes:type_name -> sallyport.control.v1.SubjectChange
+	23, // 18: sallyport.control.v1.Notice.trust:type_name -> sallyport.control.v1.Trust
+	14, // 19: sallyport.control.v1.SubjectChange.subject:type_name -> sallyport.control.v1.Subject
+	1,  // 20: sallyport.control.v1.Policy.Authorize:input_type -> sallyport.control.v1.AuthorizeRequest
+	3,  // 21: sallyport.control.v1.Policy.Explain:input_type -> sallyport.control.v1.Request
+	17, // 22: sallyport.control.v1.Policy.List:input_type -> sallyport.control.v1.ListRequest
+	19, // 23: sallyport.control.v1.Policy.Changes:input_type -> sallyport.control.v1.ChangesRequest
+	24, // 24: sallyport.control.v1.Policy.ReportPosture:input_type -> sallyport.control.v1.ReportPostureRequest
+	2,  // 25: sallyport.control.v1.Policy.Authorize:output_type -> sallyport.control.v1.AuthorizeResponse
+	9,  // 26: sallyport.control.v1.Policy.Explain:output_type -> sallyport.control.v1.Decision
+	18, // 27: sallyport.control.v1.Policy.List:output_type -> sallyport.control.v1.ListResponse
+	20, // 28: sallyport.control.v1.Policy.Changes:output_type -> sallyport.control.v1.ChangesEvent
+	25, // 29: sallyport.control.v1.Policy.ReportPosture:output_type -> sallyport.control.v1.ReportPostureResponse
+	25, // [25:30] is the sub-list for method output_type
+	20, // [20:25] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_proto_control_policy_proto_init() }
@@ -1631,7 +1909,7 @@ func file_proto_control_policy_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_control_policy_proto_rawDesc), len(file_proto_control_policy_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   21,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
