@@ -37,6 +37,9 @@ func (s *Server) Authorize(ctx context.Context, questions []sallyport.Request) (
 		q := &questions[i]
 		out[i] = a.decide(q)
 		s.metrics.decisions.Inc(out[i].Verdict.String())
+		for _, o := range out[i].Observed {
+			s.metrics.observed.Inc(o.Would.String())
+		}
 		if q.Recheck != "" && out[i].Allowed() {
 			continue
 		}
