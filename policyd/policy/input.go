@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"math"
 	"slices"
 	"time"
 
@@ -57,12 +58,18 @@ func (in *Input) external(typ, id string) (map[string]any, bool) {
 	return in.Records.External(typ, id)
 }
 
-// age is how old a fact of the person's posture is.
+// age is how old a fact of the person's posture is. A fact that was read in the
+// year 2 is as old as a duration can say: the sum of two ages that both are must
+// not turn into a new one.
 func (in *Input) age(f *sallyport.Fact) time.Duration {
 	if f.At.IsZero() {
 		return in.reportAge
 	}
-	return in.reportAge + max(in.signed.Sub(f.At), 0)
+	before := max(in.signed.Sub(f.At), 0)
+	if before > math.MaxInt64-in.reportAge {
+		return math.MaxInt64
+	}
+	return in.reportAge + before
 }
 
 // Person is a live session and the records behind it.
