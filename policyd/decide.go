@@ -120,7 +120,14 @@ func (a *asker) ask(q *sallyport.Request) {
 
 // External implements policy.Records.
 func (a *asker) External(typ, id string) (map[string]any, bool) {
-	return a.snapshot.external(typ, id, a.now)
+	r, ok := a.snapshot.external(typ, id, a.now)
+	if !ok {
+		return nil, false
+	}
+	if !r.expires.IsZero() {
+		a.in.Lasts(r.expires.Sub(a.now))
+	}
+	return r.value.Fields, true
 }
 
 func (a *asker) decide(q *sallyport.Request) sallyport.Decision {

@@ -29,7 +29,8 @@ type Input struct {
 	peer      bool          // the peer's address was looked at
 }
 
-// Records finds the external records that policies look at.
+// Records finds the external records that policies look at. One that finds records
+// which end by themselves calls [Input.Lasts].
 type Records interface {
 	// External returns the fields of the live record of the type and id.
 	External(typ, id string) (fields map[string]any, ok bool)
@@ -115,6 +116,10 @@ func (in *Input) lasts(d time.Duration) {
 		in.until = d
 	}
 }
+
+// Lasts notes for the answer's ValidFor that a record that was just found, or not
+// found, stays so for d; above zero.
+func (in *Input) Lasts(d time.Duration) { in.lasts(d) }
 
 // FactAge is how old a fact of p is at now. Two clocks are at work: between
 // reading the fact and signing the report the device's own, whose error cancels
