@@ -108,11 +108,12 @@ type asker struct {
 	in     policy.Input
 	person policy.Person
 	answer policy.Answer
+	budget policy.Budget // of the batch, for what would help
 }
 
 // ask prepares the input for q.
 func (a *asker) ask(q *sallyport.Request) {
-	a.in = policy.Input{Now: a.now, Request: q, Records: a}
+	a.in = policy.Input{Now: a.now, Request: q, Records: a, Budget: &a.budget}
 	if a.in.Absent = a.snapshot.person(q.Session, a.revoked, a.now, &a.person); a.in.Absent == "" {
 		a.in.Person = &a.person
 	}

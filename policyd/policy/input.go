@@ -21,6 +21,9 @@ type Input struct {
 	Absent string
 	// Records finds external records; nil: there are none.
 	Records Records
+	// Budget is shared by the questions of a batch, for Remedies; nil: the question
+	// has one of its own.
+	Budget *Budget
 
 	site      *Options      // of the Set that decides
 	reportAge time.Duration // since the posture was received
