@@ -171,8 +171,8 @@ func lawViewsAgree(_ *rapid.T, c *trial) string {
 	if in.Person == nil || wrong != "" {
 		return wrong
 	}
-	h := c.set.newSearch(c.in, c.route())
-	if v, _ := h.route.decide(&h.in); v != c.a.Verdict {
+	h := newSearch(c.in, c.route(), searchCost)
+	if v, _ := h.route.decide(h.changedInput(nil)); v != c.a.Verdict {
 		return fmt.Sprintf("what-if without a change says %v; want %v", v, c.a.Verdict)
 	}
 	return ""
