@@ -23,6 +23,10 @@ var leaves = []string{
 	"device: {screen_lock: {is: true, source: file}}", "device: {os_version: {\">=\": \"15.4\"}}",
 	"device: {os_version: {\"<\": \"16\"}}", "device: {firewall: true, os: {in: [linux, darwin]}}",
 	"device: {approved: true}", "device: {edr: {\">\": 3}}",
+	`cel: '"a" in groups'`, `cel: 'user.claims.x == 1 || user.email == "a@b"'`, `cel: '!has(user.claims.o)'`,
+	`cel: 'device.facts.firewall == true && device.approved'`, `cel: '!has(device.facts.screen_lock)'`,
+	`cel: 'now < timestamp("2026-06-01T12:00:45Z")'`, `cel: 'session.claims.x == "1" ? device.facts.edr > 3 : groups.exists(g, g == "b")'`,
+	`cel: 'request.port == 5432'`, `cel: '1 / size(groups) > 0'`,
 }
 
 func drawBlock(t *rapid.T, depth int) string {
