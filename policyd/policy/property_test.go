@@ -41,6 +41,12 @@ var leaves = []struct {
 		"record: {type: risk, field: score, \"<\": 10}", "record: {type: risk, exists: false}",
 		"record: {type: risk, of: peer, field: tags, has: tor}",
 	}},
+	{"cel", []string{
+		`cel: '"a" in groups'`, `cel: 'user.claims.x == 1 || user.email == "a@b"'`, `cel: '!has(user.claims.o)'`,
+		`cel: 'device.facts.firewall == true && device.approved'`, `cel: '!has(device.facts.screen_lock)'`,
+		`cel: 'now < timestamp("2026-06-01T12:00:45Z")'`, `cel: 'session.claims.x == "1" ? device.facts.edr > 3 : groups.exists(g, g == "b")'`,
+		`cel: 'request.port == 5432'`, `cel: '1 / size(groups) > 0'`,
+	}},
 	{"time", []string{
 		"time_of_day: {timezone: Europe/Berlin, after: \"2:30\", before: 17:00}", "time_of_day: {timezone: Australia/Lord_Howe, before: \"1:45\"}",
 		"day_of_week: mon-fri", "day_of_week: {is: \"sat,sun\", timezone: Pacific/Apia}",
