@@ -112,9 +112,10 @@ type Connect struct {
 
 // Route is one entry of routes.
 type Route struct {
-	// From is what people ask for: tcp://db.internal:5432, tcp://*.svc.internal:22.
+	// From is what people ask for: tcp://db.internal:5432, tcp://*.svc.internal:22,
+	// tcp://10.0.0.0/8:22, tcp://[2001:db8::/32]:22, tcp://db.internal:5000-5010.
 	From string `yaml:"from"`
-	// To is what the gateway dials; empty: the name that was asked for.
+	// To is what the gateway dials; empty: the host that was asked for.
 	To string `yaml:"to"`
 	// Name is a short name that people may type instead.
 	Name string `yaml:"name"`
