@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"slices"
 	"time"
 
@@ -154,10 +155,17 @@ func Load(path, reader string) (*File, error) {
 	return parse(path, text, reader)
 }
 
+func newFile(path string) *File { return &File{path: path, present: map[string]bool{}} }
+
 func parse(path string, text []byte, reader string) (*File, error) {
-	f := &File{path: path, present: map[string]bool{}}
-	d := newDecoder(path)
-	d.decode(text, f)
+	d, f, ok := (*decoder)(nil), (*File)(nil), false
+	if len(text) >= worthCutting {
+		d, f, ok = inPieces(path, text, 4*runtime.GOMAXPROCS(0))
+	}
+	if !ok {
+		d, f = newDecoder(path), newFile(path)
+		d.decode(text, f)
+	}
 	if len(d.lines) > 1 { // else there is no mapping, and nothing more to say
 		f.settle(d)
 		f.check(d, reader)
