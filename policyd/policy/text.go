@@ -6,9 +6,12 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// Text writes a policy that ParseNode accepts on one line, without comments: the
+// Text writes a policy that ParseNode accepts in few words, without comments: the
 // form in which it is stored. Parse reads it as the same policy, but for lines and
 // columns.
+//
+// Line breaks make it quick to read: as far as a line goes, YAML must expect that
+// what it has read so far is the key of a mapping, and keep it.
 func Text(n *yaml.Node) string {
 	if n.Kind == yaml.DocumentNode && len(n.Content) == 1 {
 		n = n.Content[0]
@@ -25,16 +28,16 @@ func appendText(b []byte, n *yaml.Node) []byte {
 			case i%2 == 1:
 				b = append(b, ": "...)
 			case i > 0:
-				b = append(b, ", "...)
+				b = append(b, ",\n"...)
 			}
 			b = appendText(b, child)
 		}
 		return append(b, '}')
 	case yaml.SequenceNode:
-		b = append(b, '[')
+		b = append(b, "[\n"...)
 		for i, child := range n.Content {
 			if i > 0 {
-				b = append(b, ", "...)
+				b = append(b, ",\n"...)
 			}
 			b = appendText(b, child)
 		}

@@ -50,7 +50,6 @@ func TestTextKeepsTypes(t *testing.T) {
 - |
   one
   two
-- {? [k] : {}}
 `
 	n, fault := document([]byte(text))
 	if fault != nil {
