@@ -316,6 +316,12 @@ func (f *File) compile(l *fault.List) {
 	var faults fault.List
 	if errors.As(err, &faults) {
 		*l = append(*l, faults...)
+		return
+	}
+	// A record that cached would refuse is refused here, where it is to be changed.
+	if size := sizeOf(r); size > cached.MaxPayload {
+		l.Addf("routes", "make a record of %d bytes, and %d are the most; say more with fewer words: wildcards, networks, groups",
+			size, cached.MaxPayload)
 	}
 }
 

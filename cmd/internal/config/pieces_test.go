@@ -1,6 +1,8 @@
 package config
 
 import (
+	"bytes"
+	"fmt"
 	"reflect"
 	"strings"
 	"testing"
@@ -107,5 +109,22 @@ func TestFaultsOfLargeFiles(t *testing.T) {
 	want := "x.yaml:12004: routes[3000].from: tcp://db7.internal:5432 stands here and in routes[7].from; one of them would never be asked"
 	if err == nil || !strings.Contains(err.Error(), want) {
 		t.Errorf("got %v; want %s", err, want)
+	}
+}
+
+// A configuration that cached would not take is refused when it is read, before
+// anything is sent anywhere.
+func TestTooLargeForARecord(t *testing.T) {
+	var b strings.Builder
+	b.WriteString("domain: corp.example\ndata_dir: data\nroutes:\n")
+	for i := range 100 {
+		fmt.Fprintf(&b, "  - {from: \"tcp://h%d.internal:1\", policy: {allow: {or: [{claim/x: \"%s\"}]}}}\n", i, strings.Repeat("<", 40<<10))
+	}
+	_, err := parse("x.yaml", []byte(b.String()), Tool)
+	if err == nil || !strings.Contains(err.Error(), "x.yaml:4: routes: make a record of 2") {
+		t.Errorf("got %v; want a refusal that names routes and the size", err)
+	}
+	if _, err := parse("x.yaml", bytes.Repeat([]byte("#\n"), 9<<20), Tool); err == nil || !strings.Contains(err.Error(), "larger than 16 MiB") {
+		t.Errorf("18 MiB: got %v; want a refusal that names the limit", err)
 	}
 }
