@@ -2,6 +2,7 @@ package policy
 
 import (
 	"fmt"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -94,17 +95,66 @@ func BenchmarkDecide(b *testing.B) {
 	}
 }
 
-func BenchmarkCompile(b *testing.B) {
-	routes := make([]sallyport.Route, 10_000)
+// manyRules are n routes with as many rules each, no two policies alike, as they
+// are stored.
+func manyRules(tb testing.TB, n, rules int) []sallyport.Route {
+	routes := make([]sallyport.Route, n)
 	for i := range routes {
-		routes[i] = sallyport.Route{From: fmt.Sprintf("tcp://db%d.internal:5432", i), Policy: fmt.Sprintf("{name: r%d, %s}", i, anyone)}
+		var text strings.Builder
+		for j := range rules {
+			fmt.Fprintf(&text, "- {name: r%d, allow: {and: [{groups: {has: team-%d-%d}}, {device: {disk_encrypted: true}}]}}\n", j, i, j)
+		}
+		n, err := document([]byte(text.String()))
+		if err != nil {
+			tb.Fatal(err)
+		}
+		routes[i] = sallyport.Route{From: fmt.Sprintf("tcp://db%d.internal:5432", i), Policy: Text(n)}
 	}
+	return routes
+}
+
+// BenchmarkCompile also tells how much memory the compiled routes keep.
+func BenchmarkCompile(b *testing.B) {
+	for _, rules := range []int{1, 10} {
+		b.Run(fmt.Sprintf("routes=10000/rules=%d", rules), func(b *testing.B) {
+			routes := manyRules(b, 10_000, rules)
+			before := heap()
+			b.ReportAllocs()
+			var set *Set
+			var err error
+			for b.Loop() {
+				if set, err = Compile(routes, Options{}); err != nil {
+					b.Fatal(err)
+				}
+			}
+			b.ReportMetric(float64(heap()-before)/(1<<20), "kept-MiB")
+			runtime.KeepAlive(set)
+			runtime.KeepAlive(routes)
+		})
+	}
+}
+
+// BenchmarkCompileChange is what it costs to take over the change of one policy.
+func BenchmarkCompileChange(b *testing.B) {
+	routes := manyRules(b, 10_000, 10)
+	old, err := Compile(routes, Options{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	routes[7].Policy = anyone
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, err := Compile(routes, Options{}); err != nil {
+		if _, err := Compile(routes, Options{Known: old.Policies()}); err != nil {
 			b.Fatal(err)
 		}
 	}
+}
+
+func heap() int64 {
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapAlloc)
 }
 
 func BenchmarkRemedies(b *testing.B) {

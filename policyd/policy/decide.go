@@ -128,7 +128,10 @@ func (a Answer) Route(t sallyport.Target) (from, carrier string, up sallyport.Up
 	}
 	up = a.route.upstream
 	if up.Host == "" {
-		up.Host, up.Port = t.Host, t.Port
+		up.Host = t.Host
+	}
+	if up.Port == 0 {
+		up.Port = t.Port
 	}
 	return a.route.from, a.route.carrier, up
 }
@@ -201,12 +204,15 @@ type Entry struct {
 }
 
 // Each decides every route for in's person, in the order of the configuration,
-// and calls f for those that are not hidden from it. in.Request is overwritten.
+// and calls f for those that are not hidden from it. A route of many targets
+// answers for one of them, which stands for all where rules do not look at the
+// target: its lowest port, a network's first address, a wildcard's suffix.
+// in.Request is overwritten.
 func (s *Set) Each(in *Input, f func(Entry)) {
 	q := *in.Request
 	in.Request = &q
 	for _, r := range s.routes {
-		q.Target = sallyport.Target{Network: r.at.network, Host: r.at.host, Port: r.at.port}
+		q.Target = r.at.sample()
 		in.prepare(&s.site)
 		a := Answer{route: r}
 		a.Verdict, a.rule = r.decide(in)
