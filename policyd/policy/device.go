@@ -306,7 +306,7 @@ func (f *fact) note(in *Input, to *Inputs) {
 
 func (f *fact) recalled(from *Inputs) bool {
 	_, ok := from.Facts[f.name]
-	return ok
+	return ok || from.Device != nil && from.Device.ID == ""
 }
 
 const noDevice = "unknown (this session has no device)"

@@ -22,6 +22,7 @@ type Input struct {
 	// Records finds external records; nil: there are none.
 	Records Records
 
+	recording *Inputs       // in a replay: all that is known
 	site      *Options      // of the Set that decides
 	reportAge time.Duration // since the posture was received
 	signed    time.Time     // when the device signed it, by its clock
