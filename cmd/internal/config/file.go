@@ -147,6 +147,20 @@ func Load(path, reader string) (*File, error) {
 	return parse(path, text, reader)
 }
 
+// IsFile reports whether text is a configuration, and not a policy alone.
+func IsFile(text []byte) bool {
+	var doc yaml.Node
+	if err := yaml.Unmarshal(text, &doc); err != nil || len(doc.Content) != 1 || doc.Content[0].Kind != yaml.MappingNode {
+		return false // what is no YAML is for the policy's parser to refuse
+	}
+	for i, n := range doc.Content[0].Content {
+		if i%2 == 0 && (n.Value == "routes" || n.Value == "data_dir" || n.Value == "domain") {
+			return true
+		}
+	}
+	return false
+}
+
 func parse(path string, text []byte, reader string) (*File, error) {
 	f := &File{path: path, present: map[string]bool{}}
 	d := newDecoder(path)
@@ -198,7 +212,7 @@ func (f *File) check(d *decoder, reader string) {
 	f.checkRoutes(d, &l)
 	for _, p := range l {
 		if !d.isBad(p.Key) {
-			d.problems = append(d.problems, Problem{f.path, d.line(p.Key), p.Key, p.Message})
+			d.problems = append(d.problems, Problem{File: f.path, Line: d.line(p.Key), Key: p.Key, Message: p.Message})
 		}
 	}
 }
@@ -300,7 +314,8 @@ func (f *File) checkPolicy(d *decoder, key string, n *yaml.Node) {
 		return
 	}
 	for _, e := range faults {
-		d.fault(e.Line, key, "column %d: %s", e.Column, e.Message)
+		d.fault(e.Line, key, "%s", e.Message)
+		d.problems[len(d.problems)-1].Column = e.Column
 	}
 }
 

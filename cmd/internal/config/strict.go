@@ -49,7 +49,7 @@ func (d *decoder) decode(text []byte, v any) {
 
 func (d *decoder) fault(line int, key, format string, args ...any) {
 	d.bad[key] = true
-	d.problems = append(d.problems, Problem{d.file, line, key, printable(fmt.Sprintf(format, args...))})
+	d.problems = append(d.problems, Problem{File: d.file, Line: line, Key: key, Message: printable(fmt.Sprintf(format, args...))})
 }
 
 // printable keeps what a file holds from speaking to the terminal.
