@@ -196,7 +196,7 @@ func TestHiddenDenialsRecordTheirInputs(t *testing.T) {
 	want := Inputs{
 		Now: in.Now, Groups: map[string]bool{"dba": false}, GroupCount: 1,
 		Device: &DeviceInput{ID: in.Person.Device.ID, Approved: in.Person.Device.Approved, Type: in.Person.Device.Type},
-		Facts:  map[string]*FactInput{"firewall": {true, "os", 20_000}},
+		Facts:  map[string]*FactInput{"firewall": {true, "os", 20 * time.Second}},
 	}
 	if diff := cmp.Diff(want, got); a.Verdict != sallyport.VerdictNoRoute || a.ValidFor != 0 || diff != "" {
 		t.Errorf("%v, valid for %v\n%s", a.Verdict, a.ValidFor, diff)
