@@ -143,16 +143,11 @@ func (m *maker) count(to map[Kind]*Group, k Kind, at time.Time) {
 			m.plan.Decisions.Omitted++
 			return
 		}
-		g = &Group{Kind: k, First: at, Last: at}
+		g = &Group{Kind: k, First: at}
 		to[k] = g
 	}
 	g.Count++
-	if at.Before(g.First) {
-		g.First = at
-	}
-	if at.After(g.Last) {
-		g.Last = at
-	}
+	g.Last = at
 }
 
 // sorted returns the groups, the biggest first.

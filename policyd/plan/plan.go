@@ -34,7 +34,8 @@ type Site struct {
 // Load compiles a configuration; the error is a fault.List.
 func Load(c *sallyport.Config) (*Site, error) {
 	set, err := policy.Compile(c.Routes, policy.Options{
-		Sources: c.PostureSources, TTL: c.PostureTTL, Forbidden: c.Forbidden, ExplainGroups: c.ExplainGroups,
+		Sources: c.PostureSources, TTL: c.PostureTTL, Forbidden: c.Forbidden,
+		ExplainGroups: true, // a plan is for those who write the policy
 	})
 	if err != nil {
 		return nil, err

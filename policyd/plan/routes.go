@@ -43,7 +43,13 @@ func settings(old, now *sallyport.Config) []FieldChange {
 }
 
 func differing(all []FieldChange) []FieldChange {
-	return slices.DeleteFunc(all, func(f FieldChange) bool { return f.Old == f.New })
+	var out []FieldChange
+	for _, f := range all {
+		if f.Old != f.New {
+			out = append(out, f)
+		}
+	}
+	return out
 }
 
 // routes compares routes by their from.
