@@ -294,7 +294,7 @@ func kindText(k plan.Kind) string {
 	text := fmt.Sprintf("%s to %s: %s%s → %s%s", who, cmp.Or(k.Target, "a carrier"), k.Was, by(k.WasRule), k.Would, by(k.Rule))
 	switch {
 	case k.Missing != "":
-		text += ": cannot be told from the log: looks at " + k.Missing
+		text += ": cannot be told from the log: " + k.Missing
 	case k.Why != "":
 		text += ": " + k.Why
 	}

@@ -171,7 +171,7 @@ type outcome struct {
 // compare decides by the recording, and what that cannot tell by the records as
 // they are now.
 func (m *maker) compare(recording *policy.Recording, q *sallyport.Request) outcome {
-	o := outcome{basis: FromLog, would: policy.Replayed{Missing: []string{"everything that was looked at"}}}
+	o := outcome{basis: FromLog}
 	if recording != nil {
 		o.was, o.would = m.q.Old.set.Replay(recording), m.q.New.set.Replay(recording)
 	}
@@ -199,7 +199,10 @@ func (m *maker) now(q *sallyport.Request) outcome {
 func (o *outcome) describe(k *Kind) {
 	k.Basis = o.basis
 	if !o.would.Certain {
-		k.Would, k.Missing = "unknown", strings.Join(o.would.Missing, ", ")
+		k.Would, k.Missing = "unknown", "what was looked at is not there"
+		if len(o.would.Missing) > 0 {
+			k.Missing = "looks at " + strings.Join(o.would.Missing, ", ")
+		}
 		return
 	}
 	k.Would, k.Rule = o.would.Verdict.String(), o.would.Rule

@@ -110,8 +110,8 @@ type Kind struct {
 	Target  string            `json:"target"`
 	Was     sallyport.Verdict `json:"was"`
 	WasRule string            `json:"was_rule,omitempty"`
-	// Would and Rule are the candidate's; Why says it in words. Missing is what
-	// would have to be known, where Would cannot be told.
+	// Would and Rule are the candidate's; Why says it in words. Missing says
+	// what the log lacks where Would cannot be told.
 	Would   string `json:"would"`
 	Rule    string `json:"rule,omitempty"`
 	Why     string `json:"why,omitempty"`

@@ -163,7 +163,7 @@ func TestDecisionsThatWouldDiffer(t *testing.T) {
 		t.Error(diff)
 	}
 	// Bob was only looked up in the group dba, and has another one.
-	if diff := cmp.Diff([]string{`1 bob tcp://db.internal:5432 allow(dba)→unknown() group "sre" by log`}, lines(p.Decisions.Untold)); diff != "" {
+	if diff := cmp.Diff([]string{`1 bob tcp://db.internal:5432 allow(dba)→unknown() looks at group "sre" by log`}, lines(p.Decisions.Untold)); diff != "" {
 		t.Error(diff)
 	}
 	d := p.Decisions
@@ -192,7 +192,7 @@ func TestWhatTheLogDoesNotTell(t *testing.T) {
 	if diff := cmp.Diff([]string{`1 bob tcp://db.internal:5432 allow(dba)→deny() device.firewall: wanted is true, found false by records`}, lines(p.Decisions.Groups)); diff != "" {
 		t.Error(diff)
 	}
-	if diff := cmp.Diff([]string{`1 carol tcp://db.internal:5432 allow(dba)→unknown() fact "firewall" by log`}, lines(p.Decisions.Untold)); diff != "" {
+	if diff := cmp.Diff([]string{`1 carol tcp://db.internal:5432 allow(dba)→unknown() looks at fact "firewall" by log`}, lines(p.Decisions.Untold)); diff != "" {
 		t.Error(diff)
 	}
 }
@@ -262,7 +262,7 @@ func TestOpenConnections(t *testing.T) {
 
 	got, f = told(Question{})
 	if diff := cmp.Diff([]string{
-		`f-alice unknown fact "firewall" by log`, `f-bob unknown fact "firewall" by log`, "f-lost unknown everything that was looked at by log",
+		`f-alice unknown looks at fact "firewall" by log`, `f-bob unknown looks at fact "firewall" by log`, "f-lost unknown what was looked at is not there by log",
 	}, got); diff != "" {
 		t.Error(diff)
 	}
