@@ -255,6 +255,9 @@ func planText(w io.Writer, p *plan.Plan) error {
 		line("  %d more in other groups", d.Omitted)
 	}
 	f := p.Flows
+	if !f.Until.IsZero() {
+		line("the gateway's log goes up to %s", clock(f.Until))
+	}
 	line("open connections: %d: %d would stay, %d would be cut, %d cannot be told; %d are not allowed now either", f.Open, f.Kept, f.Cut, f.Unknown, f.Already)
 	for _, x := range f.List {
 		line("  %s since %s: %s", x.Flow, clock(x.Opened), kindText(x.Kind))

@@ -54,7 +54,7 @@ func (m *maker) openFlows() error {
 		if e.Up < up {
 			clear(m.open)
 		}
-		first, up = false, e.Up
+		first, up, m.plan.Flows.Until = false, e.Up, e.Record.Time
 		switch {
 		case e.Record.Type == sallyport.AuditFlowClose:
 			delete(m.open, e.Record.Flow)

@@ -129,9 +129,12 @@ type Group struct {
 
 // Flows are the connections that are open.
 type Flows struct {
-	Open int `json:"open"`
-	Kept int `json:"kept"`
-	Cut  int `json:"cut"`
+	// Until is the time of the last record in the gateway's log: a gateway that
+	// died since has told of no ends.
+	Until time.Time `json:"until,omitzero"`
+	Open  int       `json:"open"`
+	Kept  int       `json:"kept"`
+	Cut   int       `json:"cut"`
 	// Already would not be let in by the configuration in force either.
 	Already int `json:"cut_already"`
 	Unknown int `json:"cannot_be_told"`

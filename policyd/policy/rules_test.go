@@ -36,8 +36,12 @@ func TestCompareRules(t *testing.T) {
 - {name: quoted, allow: {or: [{claim/n: "5"}]}}
 - {name: watched, deny: {or: [{user: d}]}}
 `, []RuleChange{
-			{"#3", "deny", "removed"}, {"dba", "allow", "changed"}, {"gone", "allow", "removed"},
-			{"new", "allow", "added"}, {"quoted", "allow", "changed"}, {"watched", "deny", "changed"},
+			{"#3", "deny", "removed"},
+			{"dba", "allow", "changed"},
+			{"gone", "allow", "removed"},
+			{"new", "allow", "added"},
+			{"quoted", "allow", "changed"},
+			{"watched", "deny", "changed"},
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
