@@ -188,7 +188,7 @@ func (l *linter) never(f *normalForm) string {
 		}
 	default:
 		if _, ok := f.is.is.(authenticated); ok && f.is.negated {
-			return "nobody is known not to be logged in"
+			return "authenticated_user is never false, only unknown"
 		}
 	}
 	return ""

@@ -196,7 +196,7 @@ func (f *normalForm) value(in *Input) Value {
 func TestLintIsRight(t *testing.T) {
 	said := map[string]int{}
 	rapid.Check(t, func(t *rapid.T) {
-		for range 50 {
+		for range 20 {
 			var text strings.Builder
 			for i := range rapid.IntRange(1, 4).Draw(t, "rules") {
 				fmt.Fprintf(&text, "- {name: r%d, %s: %s}\n", i, rapid.SampledFrom([]string{"allow", "deny"}).Draw(t, "action"), drawLintBlock(t, 1))

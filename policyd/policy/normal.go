@@ -133,7 +133,8 @@ func (a proposition) simple() proposition {
 
 // holds evaluates the proposition's test for one value.
 func (a *proposition) holds(s scalar) Value {
-	m := matcher{tests: []test{a.test}, fold: a.about.match.fold, order: a.about.match.order}
+	m := *a.about.match
+	m.tests = []test{a.test}
 	var v any = s.s
 	switch s.kind {
 	case 'n':
@@ -195,7 +196,7 @@ func (a *proposition) implies(b *proposition, s sound) bool {
 		return true
 	}
 	if a.about.key == "" || b.about.key == "" {
-		return a.negated == b.negated && reflect.DeepEqual(a.is, b.is)
+		return a.negated == b.negated && sameCriterion(a.is, b.is)
 	}
 	if a.about.key != b.about.key || !a.about.bounds.within(b.about.bounds, s) {
 		return false
@@ -207,6 +208,11 @@ func (a *proposition) implies(b *proposition, s sound) bool {
 		return false // b may be false for what a, without operands of its type, is unknown for
 	}
 	return a.impliesValue(b, s)
+}
+
+// sameCriterion reports whether two criteria are the same word for word.
+func sameCriterion(a, b criterion) bool {
+	return a.path() == b.path() && a.wanted(true) == b.wanted(true) && reflect.DeepEqual(a, b)
 }
 
 // within reports whether what counts for b counts for c.

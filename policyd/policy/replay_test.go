@@ -211,3 +211,29 @@ func TestRecordedRecordsAreFound(t *testing.T) {
 		}
 	}
 }
+
+// Whatever stands in a log, replaying it neither fails nor allows what the log
+// does not bear out.
+func FuzzReplay(f *testing.F) {
+	f.Add(`{"now":"2026-06-01T12:00:00Z","groups":{"a":true},"group_count":1,"facts":{"firewall":{"value":true,"source":"os","age_ms":20}},"device":{"id":"d1"}}`, "s1")
+	f.Add(`{"now":"2026-06-01T12:00:00Z","group_count":-1,"facts":{"firewall":{"age_ms":9223372036854775807}},"claims":{"x":[1]},"login":{"age_ms":-1}}`, "s1")
+	f.Add(`{"now":"2026-06-01T12:00:00Z"}`, "")
+	set, err := Compile([]sallyport.Route{{From: "tcp://db.internal:5432", Policy: `[{allow: {and: [{groups: a}, {device: {firewall: true}}, {claim/x: 1}]}}, {deny: {or: [{user: {not: u1}}]}}]`}}, Options{})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, inputs, session string) {
+		r := &sallyport.AuditRecord{
+			Request:  &sallyport.Request{Target: sallyport.Target{Network: "tcp", Host: "db.internal", Port: 5432}},
+			Decision: &sallyport.Decision{Who: sallyport.Identity{Session: sallyport.SessionID(session), User: "u1", Device: "d1"}}, Inputs: []byte(inputs),
+		}
+		recording, err := ReadRecording(r)
+		if err != nil {
+			return
+		}
+		got := set.Replay(recording)
+		if got.Verdict == sallyport.VerdictAllow && (session == "" || !recording.Inputs.Groups["a"] || recording.Inputs.Facts["firewall"] == nil) {
+			t.Fatalf("%s: got %+v", inputs, got)
+		}
+	})
+}
