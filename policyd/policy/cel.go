@@ -3,6 +3,7 @@ package policy
 import (
 	"errors"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -20,9 +21,12 @@ const (
 	maxCELText = 4 << 10 // bytes of an expression
 	// maxCELCost bounds an evaluation in CEL's own units, before and while it
 	// runs; the dearest units take 100 ns each.
-	maxCELCost  = 5_000
-	maxCELNest  = 2   // loops within loops
-	maxCELRegex = 100 // instructions of a compiled regular expression
+	maxCELCost   = 5_000
+	maxCELNest   = 2   // loops within loops
+	maxCELDepth  = 32  // operators within each other: types of literals grow with it
+	maxCELRegex  = 100 // instructions of a compiled regular expression
+	maxCELTrials = 512 // decisions of a search for remedies
+	maxCELFaults = 8   // that are told of one expression
 	// maxCELMatch bounds instructions times bytes of text, which is what RE2's
 	// algorithm takes: some 100 µs.
 	maxCELMatch = 1 << 15
@@ -114,8 +118,25 @@ func boundedMatch(overload string) *interpreter.RegexOptimization {
 }
 
 func (c *expression) eval(in *Input) Value {
+	if v, ok := in.settled[c]; ok {
+		return v
+	}
 	v, _ := c.run(in)
 	return v
+}
+
+// settle spares a search that changes nothing but facts all evaluations but one of
+// an expression without facts; one with facts shortens the search. It may take a
+// thousand times as long as other criteria.
+func (h *search) settle(c *expression) {
+	if slices.ContainsFunc(c.refs, func(r celRef) bool { return r.field == "facts" }) {
+		h.trials = max(h.trials, maxTrials-maxCELTrials)
+		return
+	}
+	if h.in.settled == nil {
+		h.in.settled = make(map[*expression]Value)
+	}
+	h.in.settled[c], _ = c.run(&h.in)
 }
 
 var errNoSession = errors.New("no live session")

@@ -75,7 +75,7 @@ func (p *parser) expression(n *yaml.Node, text string) (*expression, bool) {
 	}
 	scan := celScan{info: parsed.NativeRep().SourceInfo(), refs: map[celRef]bool{}}
 	scan.visit(parsed.NativeRep().Expr())
-	for _, f := range scan.faults {
+	for _, f := range scan.faults[:min(len(scan.faults), maxCELFaults)] {
 		p.celFail(n, text, f.at, f.message)
 	}
 	if len(scan.faults) > 0 {
@@ -140,7 +140,7 @@ func regexSize(pattern string) int {
 }
 
 func (p *parser) celIssues(n *yaml.Node, text string, issues *cel.Issues) {
-	for _, e := range issues.Errors() {
+	for _, e := range issues.Errors()[:min(len(issues.Errors()), maxCELFaults)] {
 		message := strings.ReplaceAll(e.Message, " (in container '')", "")
 		if rest, is := strings.CutPrefix(message, "Syntax error: "); is {
 			rest, _, _ = strings.Cut(rest, " expecting {")
@@ -194,6 +194,7 @@ type celScan struct {
 	peer   bool
 	ticks  []celTick
 	coarse bool
+	depth  int
 	faults []celFault
 }
 
@@ -207,6 +208,14 @@ func (s *celScan) fail(e ast.Expr, format string, args ...any) {
 }
 
 func (s *celScan) visit(e ast.Expr) {
+	s.depth++
+	defer func() { s.depth-- }()
+	if s.depth > maxCELDepth {
+		if s.depth == maxCELDepth+1 {
+			s.fail(e, "more than %d operators within each other", maxCELDepth)
+		}
+		return
+	}
 	if r, ok := celRefOf(e); ok {
 		s.refer(e, r)
 		return

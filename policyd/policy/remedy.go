@@ -66,8 +66,11 @@ func (s *Set) newSearch(in *Input, r *route) *search {
 	h.in.Person = &person
 	h.in.prepare(&s.site)
 	r.each(func(c criterion) {
-		if f, ok := c.(*fact); ok {
-			h.add(f)
+		switch c := c.(type) {
+		case *fact:
+			h.add(c)
+		case *expression:
+			h.settle(c)
 		}
 	})
 	return h
