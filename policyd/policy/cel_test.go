@@ -127,6 +127,27 @@ func TestCELErrorsTellNothing(t *testing.T) {
 	}
 }
 
+// A person with many groups is a member of them all the same.
+func TestCELManyGroups(t *testing.T) {
+	in := asker(t, "")
+	gs := make([]sallyport.Group, 5000)
+	for i := range gs {
+		gs[i] = sallyport.Group{ID: fmt.Sprint("id-", i), Name: fmt.Sprint("team-", i)}
+	}
+	in.Person.Groups = NewGroups(gs)
+	for text, want := range map[string]Value{
+		`"team-4999" in groups && !("team-5000" in groups)`: True, `user.name in groups`: Unknown, `user.id in groups`: False,
+		`size(groups) == 10000`: True, `groups.exists(g, g == "none")`: Unknown, `groups == ["a"]`: False,
+		`groups[0] == "id-0" && groups + ["a"] != groups`: True,
+	} {
+		set, c := celOf(t, text)
+		set.Decide(in)
+		if got, err := c.run(in); got != want {
+			t.Errorf("%s: got %v (%v); want %v", text, got, err, want)
+		}
+	}
+}
+
 // The program is made once, by whoever comes first.
 func TestCELIsSafeForManyGoroutines(t *testing.T) {
 	set, _ := celOf(t, `"a" in groups && user.claims.list.exists(x, x == "b") && device.facts.firewall == true`)
@@ -306,7 +327,7 @@ func FuzzCEL(f *testing.F) {
 		}
 		c.found(in)
 		nobody := &Input{Now: noon, Request: in.Request}
-		if v, err := c.run(nobody); len(c.refs) > 0 && (v != Unknown || !errors.Is(err, errNoSession)) {
+		if v, err := c.run(nobody); len(c.refs) > 0 && (v != Unknown || !errors.Is(err, celNoSession)) {
 			t.Errorf("%v (%v) about nobody", v, err)
 		}
 	})

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"cel.dev/cel-go/cel"
 	"cel.dev/cel-go/common"
@@ -52,6 +53,9 @@ func (p *parser) celText(n *yaml.Node) (string, bool) {
 		return "", false
 	case s.kind != 's':
 		p.fail(n, "cel must be text; put quotes around %s", n.Value)
+		return "", false
+	case strings.ContainsFunc(s.s, func(r rune) bool { return unicode.IsControl(r) && r != '\n' && r != '\t' && r != '\r' }):
+		p.fail(n, "cel has a control character")
 		return "", false
 	case len(s.s) > maxCELText:
 		p.fail(n, "an expression of %d bytes; at most %d", len(s.s), maxCELText)
@@ -112,7 +116,7 @@ func (celSizes) EstimateSize(n cost.AstNode) *cost.SizeEstimate {
 	if s := n.ComputedSize(); s != nil {
 		return s
 	}
-	text := cost.RangedSizeEstimate(0, 128)
+	text := cost.RangedSizeEstimate(0, 64)
 	var s cost.SizeEstimate
 	switch n.Type().Kind() {
 	case types.ListKind:
