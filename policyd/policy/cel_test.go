@@ -148,6 +148,24 @@ func TestCELManyGroups(t *testing.T) {
 	}
 }
 
+func TestCELEqualExpressionsAreOne(t *testing.T) {
+	policy := "{name: %s, allow: {or: [{cel: 'user.id == \"u1\"'}]}}"
+	set, err := Compile([]sallyport.Route{
+		{From: "tcp://a.internal:1", Policy: fmt.Sprintf(policy, "a")}, {From: "tcp://b.internal:1", Policy: fmt.Sprintf(policy, "b")},
+	}, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	first, second := set.routes[0].policy.allow[0].when.of[0].is, set.routes[1].policy.allow[0].when.of[0].is
+	if first != second {
+		t.Error("checked twice")
+	}
+	// A fault is told of each place.
+	if _, err := Parse([]byte("- allow: {or: [{cel: groups}]}\n- allow: {or: [{cel: groups}]}")); len(err.(Errors)) != 2 {
+		t.Errorf("got %v; want two faults", err)
+	}
+}
+
 // The program is made once, by whoever comes first.
 func TestCELIsSafeForManyGoroutines(t *testing.T) {
 	set, _ := celOf(t, `"a" in groups && user.claims.list.exists(x, x == "b") && device.facts.firewall == true`)
@@ -294,7 +312,7 @@ func FuzzCEL(f *testing.F) {
 	in := asker(f, `email=a@b groups=a,b claim.x=[1,"a",null,{"y":2}] claim.o={"p":true} fact.firewall=true fact.edr=4 `+
 		`logged-in=1h auth=pwd expires=1h peer=10.1.2.3 method=GET path=/x header.Origin=a`)
 	f.Fuzz(func(t *testing.T, text string) {
-		var p parser
+		p := parser{cels: map[string]*expression{}}
 		start := time.Now()
 		c, ok := p.expression(&yaml.Node{Kind: yaml.ScalarNode, Line: 1, Column: 1}, text)
 		if took := time.Since(start); took > 5*time.Second {

@@ -64,9 +64,21 @@ func (p *parser) celText(n *yaml.Node) (string, bool) {
 	return s.s, true
 }
 
-// expression checks an expression: that it is one, that what it looks at exists,
-// that it is true or false and what it costs.
+// expression returns the expression of a text; equal ones are checked once.
 func (p *parser) expression(n *yaml.Node, text string) (*expression, bool) {
+	if c := p.cels[text]; c != nil {
+		return c, true
+	}
+	c, ok := p.check(n, text)
+	if ok && p.cels != nil {
+		p.cels[text] = c
+	}
+	return c, ok
+}
+
+// check checks an expression: that it is one, that what it looks at exists, that
+// it is true or false and what it costs.
+func (p *parser) check(n *yaml.Node, text string) (*expression, bool) {
 	env, err := celEnv()
 	if err != nil {
 		p.fail(n, "cel: %v", err)

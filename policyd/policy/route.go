@@ -79,7 +79,7 @@ func Compile(routes []sallyport.Route, opts Options) (*Set, error) {
 	}
 	var faults fault.List
 	barred := parseForbidden(opts.Forbidden, &faults)
-	c := compiler{set: s, barred: barred, faults: &faults, first: map[spot]int{}, wildFirst: map[spot]int{}, names: map[string]int{}, policies: map[string]*Policy{}}
+	c := compiler{set: s, barred: barred, faults: &faults, first: map[spot]int{}, wildFirst: map[spot]int{}, names: map[string]int{}, policies: map[string]*Policy{}, cels: map[string]*expression{}}
 	for i := range routes {
 		c.route(i, &routes[i])
 	}
@@ -96,6 +96,7 @@ type compiler struct {
 	first, wildFirst map[spot]int       // which route named the place first
 	names            map[string]int     // … and took the name
 	policies         map[string]*Policy // by text
+	cels             map[string]*expression
 }
 
 func (c *compiler) route(i int, in *sallyport.Route) {
@@ -120,7 +121,7 @@ func (c *compiler) route(i int, in *sallyport.Route) {
 	}
 	c.name(i, key, in.Name)
 	if r.policy = c.policies[in.Policy]; r.policy == nil {
-		if r.policy, err = Parse([]byte(in.Policy)); err != nil {
+		if r.policy, err = parse([]byte(in.Policy), c.cels); err != nil {
 			c.refuse(key, err)
 			return
 		}
