@@ -375,7 +375,7 @@ func (s *celScan) call(e ast.Expr) {
 			return
 		}
 		s.ordered(name, args)
-	case name == overloads.Matches:
+	case name == overloads.Matches && len(args) > 0:
 		s.pattern(args[len(args)-1])
 	case c.IsMemberFunction() && strings.HasPrefix(name, "get") && len(args) > 0:
 		s.fail(e, "%s() takes no time zone here, it is UTC; use time_of_day or day_of_week with timezone", name)
