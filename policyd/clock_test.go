@@ -85,7 +85,7 @@ func TestSessionAgeCutsAtItsSecond(t *testing.T) {
 		s.want("s1", db, sallyport.VerdictAllow)
 		pass(1)
 		d = s.want("s1", db, sallyport.VerdictDeny)
-		want := [][]sallyport.Remedy{{{Condition: "session_age", Want: "logged in less than 1h ago", Hint: "log in again: agent extend"}}}
+		want := [][]sallyport.Remedy{{{Condition: "session_age", Want: "less than 1h", Hint: "log in again: agent extend"}}}
 		if diff := cmp.Diff(want, d.WouldAllowIf); diff != "" {
 			t.Errorf("would_allow_if -want +got:\n%s", diff)
 		}
