@@ -152,7 +152,7 @@ func TestARecordThatChangesCuts(t *testing.T) {
 }
 
 // A batch of denials with twelve facts each, whose search has everything to try,
-// stays far below the decision timeout, and says the same as each question alone.
+// stays below the decision timeout, and says the same as each question alone.
 func TestABatchOfDenialsIsInTime(t *testing.T) {
 	var b strings.Builder
 	b.WriteString("- {name: groups, allow: {and: [{groups: nobody}]}}\n")
@@ -187,7 +187,8 @@ func TestABatchOfDenialsIsInTime(t *testing.T) {
 	}
 	took := time.Since(start)
 	t.Logf("512 denials in %v", took)
-	if most := (Config{}).withDefaults().DecisionTimeout / 2; took > most {
+	// It is some 50 ms of work; the rest is for busy machines and the race detector.
+	if most := (Config{}).withDefaults().DecisionTimeout; took > most {
 		t.Errorf("512 denials took %v; want less than %v", took, most)
 	}
 	for _, d := range []sallyport.Decision{all[0], all[511]} {
