@@ -100,7 +100,7 @@ func (c *sessionAge) wanted(bool) string {
 	for _, l := range c.limits {
 		out = append(out, words[l.op]+shortDuration(l.of))
 	}
-	return "logged in " + strings.Join(out, " and ") + " ago"
+	return strings.Join(out, " and ")
 }
 
 func (c *sessionAge) found(in *Input) (string, time.Duration) {
@@ -111,7 +111,7 @@ func (c *sessionAge) found(in *Input) (string, time.Duration) {
 	if !known {
 		return "unknown (nobody knows when you logged in)", 0
 	}
-	return "logged in " + shortDuration(max(age, 0).Truncate(time.Second)) + " ago", 0
+	return shortDuration(max(age, 0).Truncate(time.Second)), 0
 }
 
 func (c *sessionAge) note(in *Input, to *Inputs) { noteLogin(in, to) }

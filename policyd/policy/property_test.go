@@ -214,7 +214,8 @@ func drawSet(t *rapid.T) (*Set, string) {
 func FuzzParse(f *testing.F) {
 	for _, s := range []string{
 		anyone, "- {name: a, allow: {and: [{groups: {has: dba}}, {device: {disk_encrypted: {is: true, max_age: 5m, source: [os]}}}]}}",
-		"deny: {nor: [{claim/a.b: 5}, {or: [{email: {in: [a@b]}}]}]}", "- &a {allow: *a}", "a: !!binary x", "? ", "\t", "{", "- - -",
+		"deny: {nor: [{claim/a.b: 5}, {or: [{email: {in: [a@b]}}]}]}", "- &a {allow: *a}", "allow: {or: [{time_of_day: {timezone: Europe/Berlin, after: 9:00, before: 5 PM}}, {day_of_week: mon-fri}, {date: {after: 2026-03-29T02:30, timezone: Europe/Berlin}}]}",
+		"allow: {and: [{session_age: {\"<\": 7d}}, {auth_method: {has: mfa}}, {record: {type: risk, field: score, \"<\": 10, of: peer}}]}", "a: !!binary x", "? ", "\t", "{", "- - -",
 	} {
 		f.Add([]byte(s))
 	}
