@@ -235,19 +235,11 @@ func (p *parser) body(n *yaml.Node, action string) (condition, bool) {
 
 // reading rewrites a body with several operator blocks as one block op of them.
 func reading(action, op string, body *yaml.Node) string {
-	str := func(s string) *yaml.Node { return &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!str", Value: s} }
-	mapOf := func(k, v *yaml.Node) *yaml.Node {
-		return &yaml.Node{Kind: yaml.MappingNode, Style: yaml.FlowStyle, Content: []*yaml.Node{k, v}}
-	}
-	blocks := &yaml.Node{Kind: yaml.SequenceNode, Style: yaml.FlowStyle}
+	blocks := &yaml.Node{Kind: yaml.SequenceNode}
 	for i := 0; i+1 < len(body.Content); i += 2 {
-		blocks.Content = append(blocks.Content, mapOf(str(body.Content[i].Value), bare(body.Content[i+1])))
+		blocks.Content = append(blocks.Content, mapNode(body.Content[i].Value, bare(body.Content[i+1])))
 	}
-	text, err := yaml.Marshal(mapOf(str(action), mapOf(str(op), blocks)))
-	if err != nil {
-		return action + ": {" + op + ": […]}"
-	}
-	return strings.Join(strings.Fields(string(text)), " ")
+	return flow(mapNode(action, mapNode(op, blocks)))
 }
 
 // bare copies n without comments and anchors.
@@ -301,7 +293,11 @@ func (p *parser) condition(n *yaml.Node, depth int) (condition, bool) {
 	case !known:
 		p.fail(e.at, "unknown criterion %q%s", name, suggest(name, append(slices.Collect(maps.Keys(criteria)), operatorKeys...)))
 	case row.sub && sub == "":
-		p.fail(e.at, "%s needs a name: %s/NAME", name, name)
+		value := textNode("VALUE")
+		if e.value.Kind == yaml.ScalarNode && e.value.Value != "" {
+			value = bare(e.value)
+		}
+		p.fail(e.at, "%s needs a name; write %s", name, flow(mapNode(name+"/NAME", value)))
 	case !row.sub && hasSub:
 		p.fail(e.at, "%s takes no /%s", name, sub)
 	default:
