@@ -2,6 +2,7 @@ package policy
 
 import (
 	"fmt"
+	"runtime"
 	"testing"
 
 	"sallyport"
@@ -87,6 +88,76 @@ func BenchmarkDecide(b *testing.B) {
 			}
 		})
 	}
+}
+
+// BenchmarkExplain answers "why" as for a person who asks: with all reasons, and
+// with what would help.
+func BenchmarkExplain(b *testing.B) {
+	set, allowed := benchInput(b, 1)
+	_, denied := benchInput(b, 1)
+	for _, name := range []string{"disk_encrypted", "firewall"} {
+		f := denied.Person.Posture.Facts[name]
+		f.Value = false
+		denied.Person.Posture.Facts[name] = f
+	}
+	for _, bb := range []struct {
+		name string
+		in   *Input
+		ask  func(*Input, Answer) int
+		want int
+	}{
+		{"allow", allowed, func(in *Input, a Answer) int { return len(set.Reasons(in, a, true)) }, 3},
+		{"deny", denied, func(in *Input, a Answer) int { return len(set.Reasons(in, a, true)) }, 2},
+		{"deny with remedies", denied, func(in *Input, a Answer) int {
+			return len(set.Reasons(in, a, true)) + len(set.Remedies(in, a))
+		}, 3},
+	} {
+		b.Run(bb.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if got := bb.ask(bb.in, set.Decide(bb.in)); got != bb.want {
+					b.Fatalf("got %d reasons and remedies; want %d", got, bb.want)
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkSetMemory reports what 10,000 routes with ten policies among them, and
+// with one each, keep in memory.
+func BenchmarkSetMemory(b *testing.B) {
+	for _, bb := range []struct {
+		name     string
+		policies int
+	}{{"ten policies", 10}, {"a policy each", 10_000}} {
+		b.Run(bb.name, func(b *testing.B) {
+			routes := make([]sallyport.Route, 10_000)
+			for i := range routes {
+				routes[i] = sallyport.Route{From: fmt.Sprintf("tcp://db%d.internal:5432", i), Policy: fmt.Sprintf(`
+- name: dba
+  allow: {and: [{groups: {has: team-%d}}, {device: {disk_encrypted: true, os_version: {">=": "15.4"}}}]}
+- name: leavers
+  deny: {or: [{groups: {has: leavers}}, {device: {firewall: false}}]}
+`, i%bb.policies)}
+			}
+			for b.Loop() {
+				before := heap()
+				set, err := Compile(routes, Options{})
+				if err != nil {
+					b.Fatal(err)
+				}
+				b.ReportMetric(float64(heap()-before)/1e6, "MB")
+				runtime.KeepAlive(set)
+			}
+		})
+	}
+}
+
+func heap() uint64 {
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&m)
+	return m.HeapAlloc
 }
 
 func BenchmarkCompile(b *testing.B) {

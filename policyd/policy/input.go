@@ -1,7 +1,9 @@
 package policy
 
 import (
+	"hash/maphash"
 	"math"
+	"math/bits"
 	"slices"
 	"time"
 
@@ -94,7 +96,14 @@ type Person struct {
 // about them is unknown.
 type Groups struct {
 	names []string // ids and names, sorted, without doubles; nil: not known
+	// index finds names by their hash: places in names plus 1, with open addressing
+	// in at least half as many slots again, a power of two. Nil for few names.
+	index []uint32
+	seed  maphash.Seed // so that nobody can name groups to collide
 }
+
+// fewNames are searched as fast as they are hashed.
+const fewNames = 4
 
 // NewGroups returns the set of gs; an empty one is known to be empty.
 func NewGroups(gs []sallyport.Group) Groups {
@@ -106,14 +115,45 @@ func NewGroups(gs []sallyport.Group) Groups {
 		}
 	}
 	slices.Sort(names)
-	return Groups{names: slices.Clip(slices.Compact(names))}
+	g := Groups{names: slices.Clip(slices.Compact(names))}
+	if len(g.names) > fewNames {
+		g.buildIndex()
+	}
+	return g
 }
 
-func (g Groups) known() bool { return g.names != nil }
+func (g *Groups) buildIndex() {
+	g.seed = maphash.MakeSeed()
+	g.index = make([]uint32, 1<<bits.Len(uint(len(g.names)*3/2)))
+	for i, name := range g.names {
+		slot := g.slot(name)
+		for g.index[slot] != 0 {
+			slot = g.after(slot)
+		}
+		g.index[slot] = uint32(i + 1)
+	}
+}
 
-func (g Groups) has(name string) bool {
-	_, ok := slices.BinarySearch(g.names, name)
-	return ok
+// slot is where the search for name starts.
+func (g *Groups) slot(name string) int {
+	return int(maphash.String(g.seed, name)) & (len(g.index) - 1)
+}
+
+func (g *Groups) after(slot int) int { return (slot + 1) & (len(g.index) - 1) }
+
+func (g *Groups) known() bool { return g.names != nil }
+
+func (g *Groups) has(name string) bool {
+	if g.index == nil {
+		_, ok := slices.BinarySearch(g.names, name)
+		return ok
+	}
+	for slot := g.slot(name); g.index[slot] != 0; slot = g.after(slot) {
+		if g.names[g.index[slot]-1] == name {
+			return true
+		}
+	}
+	return false
 }
 
 // lasts notes that something that was looked at changes by the clock after d.

@@ -478,3 +478,23 @@ func TestCase_K2_factsThatNoHonestAgentReports(t *testing.T) {
 		}
 	}
 }
+
+func TestGroupsFindEveryName(t *testing.T) {
+	for n := range 200 {
+		var gs []sallyport.Group
+		for i := range n {
+			gs = append(gs, sallyport.Group{ID: fmt.Sprintf("id-%d", i), Name: fmt.Sprintf("name-%d", i/2)})
+		}
+		g := NewGroups(gs)
+		for i := range n {
+			if !g.has(gs[i].ID) || !g.has(gs[i].Name) {
+				t.Fatalf("%d groups: %v is not found", n, gs[i])
+			}
+		}
+		for _, absent := range []string{"", "id-", fmt.Sprintf("id-%d", n), "name-", "Id-0"} {
+			if g.has(absent) {
+				t.Errorf("%d groups: %q is found", n, absent)
+			}
+		}
+	}
+}
