@@ -2,7 +2,6 @@ package policy
 
 import (
 	"hash/maphash"
-	"math"
 	"math/bits"
 	"slices"
 	"time"
@@ -27,7 +26,7 @@ type Input struct {
 
 	site      *Options      // of the Set that decides
 	reportAge time.Duration // since the posture was received
-	signed    time.Time     // when the device signed it, by its clock
+	signed    int64         // when the device signed it, by its clock, in Unix milliseconds
 	until     time.Duration // how long what was looked at stays as it is; 0: for ever
 	peer      bool          // the peer's address was looked at
 }
@@ -45,7 +44,7 @@ func (in *Input) prepare(site *Options) {
 		return
 	}
 	if p := in.Person.Posture; p != nil {
-		in.reportAge, in.signed = max(in.Now.Sub(p.Received), 0), time.UnixMilli(p.Sequence)
+		in.reportAge, in.signed = max(min(in.Now.Sub(p.Received), century*time.Second), 0), p.Sequence
 	}
 	if in.Person.ExpiresIn != 0 {
 		in.lasts(in.Person.ExpiresIn)
@@ -60,19 +59,20 @@ func (in *Input) external(typ, id string) (map[string]any, bool) {
 	return in.Records.External(typ, id)
 }
 
-// age is how old a fact of the person's posture is. A fact that was read in the
-// year 2 is as old as a duration can say: the sum of two ages that both are must
-// not turn into a new one.
+// age is how old a fact of the person's posture is, for at most two centuries:
+// the sum of two ages must not overflow and make what is old new.
 func (in *Input) age(f *sallyport.Fact) time.Duration {
 	if f.At.IsZero() {
 		return in.reportAge
 	}
-	before := max(in.signed.Sub(f.At), 0)
-	if before > math.MaxInt64-in.reportAge {
-		return math.MaxInt64
-	}
-	return in.reportAge + before
+	// As Time.Sub, which costs a tenth of a decision.
+	seconds := max(min(in.signed/1000-f.At.Unix(), century), -1)
+	before := time.Duration(seconds)*time.Second + time.Duration(in.signed%1000)*time.Millisecond -
+		time.Duration(f.At.Nanosecond())
+	return in.reportAge + max(before, 0)
 }
+
+const century = 100 * 365 * 24 * 60 * 60 // in seconds
 
 // Person is a live session and the records behind it.
 type Person struct {

@@ -11,6 +11,7 @@ import (
 	"sallyport/internal/fault"
 
 	"github.com/google/go-cmp/cmp"
+	"pgregory.net/rapid"
 )
 
 const anyone = `allow: {or: [{authenticated_user: true}]}`
@@ -497,4 +498,19 @@ func TestGroupsFindEveryName(t *testing.T) {
 			}
 		}
 	}
+}
+
+// age counts as Time.Sub does.
+func TestFactAgeIsExact(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		day := int64(24 * time.Hour)
+		signed := noon.Add(time.Duration(rapid.Int64Range(-day, day).Draw(t, "signed")))
+		received := noon.Add(-time.Duration(rapid.Int64Range(0, day).Draw(t, "received")))
+		at := noon.Add(time.Duration(rapid.Int64Range(-day, day).Draw(t, "at")))
+		p := &sallyport.Posture{Received: received, Sequence: signed.UnixMilli()}
+		want := noon.Sub(received) + max(time.UnixMilli(p.Sequence).Sub(at), 0)
+		if got := FactAge(p, sallyport.Fact{At: at}, noon); got != want {
+			t.Fatalf("got %v; want %v", got, want)
+		}
+	})
 }
