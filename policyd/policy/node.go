@@ -30,24 +30,28 @@ func (p *parser) mapping(n *yaml.Node, what string, keys []string) ([]entry, boo
 		return nil, false
 	}
 	var out []entry
+	lines := make(map[string]int, len(n.Content)/2)
 	ok := true
-	for i := 0; i+1 < len(n.Content); i += 2 {
+	for i := 0; i+1 < len(n.Content) && !p.full(); i += 2 {
 		k := n.Content[i]
-		first := slices.IndexFunc(out, func(e entry) bool { return e.key == k.Value })
+		first, twice := lines[k.Value]
 		switch {
 		case k.Kind != yaml.ScalarNode || k.Style&yaml.TaggedStyle != 0 || k.Anchor != "" || k.Tag == "!!merge" || k.Tag == "!!null":
 			p.fail(k, "a key must be plain text")
 			ok = false
-		case first >= 0:
-			p.fail(k, "key %q stands twice, first in line %d", k.Value, out[first].at.Line)
+		case twice:
+			p.fail(k, "key %q stands twice, first in line %d", k.Value, first)
 			ok = false
 		case keys != nil && !slices.Contains(keys, k.Value):
 			p.fail(k, "unknown key %q%s", k.Value, suggest(k.Value, keys))
 			ok = false
 		}
+		if !twice {
+			lines[k.Value] = k.Line
+		}
 		out = append(out, entry{k.Value, k, n.Content[i+1]})
 	}
-	return out, ok
+	return out, ok && !p.full()
 }
 
 // scalar is a literal of a policy: text, a number or a truth value.
@@ -153,8 +157,10 @@ func (p *parser) nameText(n *yaml.Node, what string) (string, bool) {
 		return s, ok
 	}
 	var names []*yaml.Node
-	for _, name := range strings.FieldsFunc(s, separates) {
-		names = append(names, textNode(name))
+	for name := range strings.FieldsFuncSeq(s, separates) {
+		if len(names) < maxShown {
+			names = append(names, textNode(name))
+		}
 	}
 	write := "one name"
 	switch {
@@ -165,7 +171,7 @@ func (p *parser) nameText(n *yaml.Node, what string) (string, bool) {
 	case len(names) > 1:
 		write = "one name, or for several " + flow(mapNode(what, mapNode("in", &yaml.Node{Kind: yaml.SequenceNode, Content: names})))
 	}
-	p.fail(n, "%s %q has a blank or a separator; write %s", what, s, write)
+	p.fail(n, "%s %.80q has a blank or a separator; write %s", what, s, write)
 	return "", false
 }
 
@@ -206,7 +212,10 @@ func mapNode(key string, value *yaml.Node) *yaml.Node {
 // anyOf writes {or: [{KEY: VALUE}, …]}.
 func anyOf(key string, values []*yaml.Node) string {
 	list := &yaml.Node{Kind: yaml.SequenceNode}
-	for _, v := range values {
+	for _, v := range values[:min(len(values), maxShown)] {
+		if size(v) > maxShown {
+			v = textNode("…")
+		}
 		list.Content = append(list.Content, mapNode(key, bare(v)))
 	}
 	return flow(mapNode("or", list))
@@ -227,6 +236,9 @@ func suggest(word string, known []string) string {
 	best, distance := "", min(2, len(word)/2)+1
 	slices.Sort(known)
 	for _, k := range known {
+		if max(len(word), len(k))-min(len(word), len(k)) >= distance {
+			continue
+		}
 		if d := editDistance(word, k); d < distance {
 			best, distance = k, d
 		}

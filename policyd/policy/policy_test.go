@@ -514,3 +514,33 @@ func TestFactAgeIsExact(t *testing.T) {
 		}
 	})
 }
+
+// Half a megabyte of anything is read or refused with a bounded error, and not in
+// a time that grows with its square (which would be minutes).
+func TestHugePoliciesAreCheap(t *testing.T) {
+	repeat := func(format string) string {
+		var b strings.Builder
+		for i := 0; b.Len() < maxText/2; i++ {
+			fmt.Fprintf(&b, format, i)
+		}
+		return b.String()
+	}
+	for name, text := range map[string]string{
+		"facts":          "allow: {or: [{device: {" + repeat("f%d: 1, ") + "g: 1}}]}",
+		"unknown words":  "allow: {or: [" + repeat("{emailx%d: 1}, ") + "{reject: true}]}",
+		"rules":          repeat("- {alow%d: 1}\n"),
+		"names in one":   `allow: {or: [{groups: "` + repeat("g%d,") + `"}]}`,
+		"names in list":  "allow: {or: [{groups: [" + repeat("g%d, ") + "g]}]}",
+		"two blocks":     "allow: {or: [" + repeat("{groups: g%d}, ") + "{reject: true}], and: [{reject: true}]}",
+		"bounds of fact": "allow: {or: [{device: {edr: {" + repeat("max_age: 1m%.0d, ") + "is: 1}}}]}",
+	} {
+		start := time.Now()
+		_, err := Parse([]byte(text))
+		if took := time.Since(start); took > 30*time.Second {
+			t.Errorf("%s: took %v", name, took)
+		}
+		if err != nil && len(err.Error()) > 64<<10 {
+			t.Errorf("%s: an error of %d bytes", name, len(err.Error()))
+		}
+	}
+}
