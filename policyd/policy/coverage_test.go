@@ -22,8 +22,8 @@ const (
 
 var allOutcomes = []string{passes, fails, unknown, refused}
 
-// never lists outcomes that a part of the grammar cannot have, and why.
-var never = map[string]map[string]string{
+// impossible lists outcomes that a part of the grammar cannot have, and why.
+var impossible = map[string]map[string]string{
 	"accept":             {fails: "always holds", unknown: "always holds"},
 	"reject":             {passes: "never holds", unknown: "never holds"},
 	"authenticated_user": {fails: "without a session it is unknown"},
@@ -50,10 +50,10 @@ func TestGoldenCoversTheGrammar(t *testing.T) {
 			continue
 		}
 		for _, o := range allOutcomes {
-			_, cannot := never[part][o]
+			_, cannot := impossible[part][o]
 			switch {
 			case seen[part][o] && cannot:
-				t.Errorf("%s %s in a golden file; take it out of never", part, o)
+				t.Errorf("%s %s in a golden file; take it out of impossible", part, o)
 			case !seen[part][o] && !cannot:
 				t.Errorf("no golden file in which %s: %s", part, o)
 			}

@@ -12,6 +12,7 @@ import (
 // What errors show: something to put in quotes, or to write.
 var (
 	quotesShown = regexp.MustCompile(`put quotes around it: ("(?:[^"\\]|\\.)*")`)
+	keyBefore   = regexp.MustCompile(`(?:write|or) ([a-z_/]+): $`)
 	valueShown  = regexp.MustCompile(`must be true or false; write (true|false)`)
 )
 
@@ -31,6 +32,9 @@ func rewrites(message string) []string {
 		}
 		end := closing(rest, start)
 		text := rest[start : end+1]
+		if m := keyBefore.FindStringSubmatch(rest[:start]); m != nil {
+			text = "{" + m[1] + ": " + text + "}"
+		}
 		if !strings.HasPrefix(text, "{allow") && !strings.HasPrefix(text, "{deny") {
 			text = "allow: {and: [" + text + "]}"
 		}

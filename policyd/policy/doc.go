@@ -1,7 +1,7 @@
 // Package policy is the policy language: it reads policies and routes, refuses
 // what could be misread, and answers questions. It is pure: no clock, no I/O, no
-// goroutines. Where records come from, and who asks, is package policyd's
-// business.
+// goroutines but those that Compile waits for. Where records come from, and who
+// asks, is package policyd's business.
 //
 // # Grammar
 //

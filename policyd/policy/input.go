@@ -23,15 +23,20 @@ type Input struct {
 	Absent string
 	// Records finds external records; nil: there are none.
 	Records Records
+	// Budget is shared by the questions of a batch, for Remedies; nil: the question
+	// has one of its own.
+	Budget *Budget
 
-	site      *Options      // of the Set that decides
-	reportAge time.Duration // since the posture was received
-	signed    int64         // when the device signed it, by its clock, in Unix milliseconds
-	until     time.Duration // how long what was looked at stays as it is; 0: for ever
-	peer      bool          // the peer's address was looked at
+	site      *Options       // of the Set that decides
+	reportAge time.Duration  // since the posture was received
+	signed    int64          // when the device signed it, by its clock, in Unix milliseconds
+	until     time.Duration  // how long what was looked at stays as it is; 0: for ever
+	peer      bool           // the peer's address was looked at
+	recall    map[string]any // what CEL expressions see instead of Person; nil: Person
 }
 
-// Records finds the external records that policies look at.
+// Records finds the external records that policies look at. One that finds records
+// which end by themselves calls [Input.Lasts].
 type Records interface {
 	// External returns the fields of the live record of the type and id.
 	External(typ, id string) (fields map[string]any, ok bool)
@@ -162,6 +167,10 @@ func (in *Input) lasts(d time.Duration) {
 		in.until = d
 	}
 }
+
+// Lasts notes for the answer's ValidFor that a record that was just found, or not
+// found, stays so for d; above zero.
+func (in *Input) Lasts(d time.Duration) { in.lasts(d) }
 
 // FactAge is how old a fact of p is at now. Two clocks are at work: between
 // reading the fact and signing the report the device's own, whose error cancels

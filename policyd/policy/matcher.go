@@ -283,7 +283,7 @@ func (p *parser) textTests(n *yaml.Node, what string, ops map[string]compare, re
 func (p *parser) listTests(n *yaml.Node, what string, read literal) ([]test, bool) {
 	switch n.Kind {
 	case yaml.SequenceNode:
-		p.fail(n, "%s takes one value, not a list; write %s", what, anyOf(what, n.Content))
+		p.fail(n, "%s takes one value, not a list; write %s", what, eitherOf(what, n.Content))
 		return nil, false
 	case yaml.MappingNode:
 		return p.operators(n, what, listOperators, read)

@@ -163,12 +163,13 @@ func (p *parser) nameText(n *yaml.Node, what string) (string, bool) {
 		}
 	}
 	write := "one name"
-	switch {
+	switch list := what == "groups" || what == "auth_method"; {
+	case !list && what != "user" && what != "email" && what != "domain", len(names) == 0:
 	case len(names) == 1:
 		write = flow(mapNode(what, names[0]))
-	case len(names) > 1 && what == "groups":
-		write = "its id, or for several groups " + anyOf(what, names)
-	case len(names) > 1:
+	case list:
+		write = "one (of groups the id), or for several " + eitherOf(what, names)
+	default:
 		write = "one name, or for several " + flow(mapNode(what, mapNode("in", &yaml.Node{Kind: yaml.SequenceNode, Content: names})))
 	}
 	p.fail(n, "%s %.80q has a blank or a separator; write %s", what, s, write)
@@ -189,14 +190,23 @@ func (p *parser) boolean(n *yaml.Node, what string) (value, ok bool) {
 	return s.b, ok
 }
 
-// duration reads "5m", "1h30m": above zero.
+// duration reads "5m", "1h30m", "7d12h": above zero. A day is 24 hours.
 func (p *parser) duration(n *yaml.Node, what string) (time.Duration, bool) {
 	s, ok := p.scalar(n, what)
 	if !ok {
 		return 0, false
 	}
-	d, err := time.ParseDuration(s.s)
-	if s.kind != 's' || err != nil || d <= 0 {
+	hours, days := s.s, time.Duration(0)
+	if count, rest, ok := strings.Cut(s.s, "d"); ok && allDigits(count) && len(count) < 6 { // no overflow
+		n, _ := strconv.Atoi(count)
+		hours, days = rest, time.Duration(n)*24*time.Hour
+	}
+	d := time.Duration(0)
+	var err error
+	if hours != "" || days == 0 {
+		d, err = time.ParseDuration(hours)
+	}
+	if d += days; s.kind != 's' || err != nil || d <= 0 || d < days {
 		p.fail(n, "%s must be a duration like 30s, 5m or 1h", what)
 		return 0, false
 	}
@@ -209,8 +219,8 @@ func mapNode(key string, value *yaml.Node) *yaml.Node {
 	return &yaml.Node{Kind: yaml.MappingNode, Content: []*yaml.Node{textNode(key), value}}
 }
 
-// anyOf writes {or: [{KEY: VALUE}, …]}.
-func anyOf(key string, values []*yaml.Node) string {
+// eitherOf writes {or: [{KEY: VALUE}, …]}.
+func eitherOf(key string, values []*yaml.Node) string {
 	list := &yaml.Node{Kind: yaml.SequenceNode}
 	for _, v := range values[:min(len(values), maxShown)] {
 		if size(v) > maxShown {
