@@ -12,7 +12,7 @@ LDFLAGS  := -s -w -X sallyport/cmd/internal/run.release=$(VERSION) -X sallyport/
 PREFIX   ?= /usr/local
 ARGS     ?=
 DURATION ?= 1m
-FUZZTIME ?= 20s
+FUZZTIME ?= 1m
 KILLS    ?= 25
 ROUNDS   ?= 3
 TOOL     := go tool -modfile=tools/go.mod
@@ -78,7 +78,7 @@ generate: ## write generated files anew
 	go generate ./...
 
 .PHONY: fuzz
-fuzz: ## each fuzz target for FUZZTIME (20s)
+fuzz: ## each fuzz target for FUZZTIME (1m, 28 minutes in all)
 	@for pkg in $$(grep -rl --include='*_test.go' '^func Fuzz' . | xargs -n1 dirname | sort -u); do \
 	  for f in $$(grep -ho '^func Fuzz[A-Za-z0-9_]*' $$pkg/*_test.go | sed 's/^func //'); do \
 	    echo "== $$pkg $$f"; (cd $$pkg && go test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) .); \

@@ -88,6 +88,12 @@ func TestCase_K1_reportsThatProveNothing(t *testing.T) {
 		if err := s.ReportPosture(t.Context(), "s1", valid); err != nil {
 			t.Errorf("the valid one: %v", err)
 		}
+		s.want("s1", wiki, sallyport.VerdictAllow)
+		s.want("s2", wiki, sallyport.VerdictDeny) // the report is not another device's
+		pass(10 * time.Minute)
+		if d := s.want("s1", wiki, sallyport.VerdictDeny); d.Reasons[0].Result != "unknown" {
+			t.Errorf("an expired report: got %+v; want unknown", d.Reasons)
+		}
 	})
 }
 
@@ -185,33 +191,43 @@ func TestCase_K4_replayedReports(t *testing.T) {
 }
 
 func TestCase_K5_flippingReportsAreDebounced(t *testing.T) {
-	inSite(t, Config{}, routes, func(t *testing.T, s *site) {
-		before := s.link.writes()
-		var wg sync.WaitGroup
-		last := false
-		for i := range 100 { // 10 s at 10 Hz
-			last = i%2 == 0
-			jws := s.signed(s.key, "s1", time.Now(), map[string]any{"disk_encrypted": last})
-			wg.Go(func() {
-				if err := s.ReportPosture(t.Context(), "s1", jws); err != nil {
-					t.Errorf("report %d: %v", i, err)
+	for end, want := range map[bool]sallyport.Verdict{true: sallyport.VerdictAllow, false: sallyport.VerdictDeny} {
+		inSite(t, Config{}, routes, func(t *testing.T, s *site) {
+			gateway := s.watch()
+			gateway.take()
+			before := s.link.writes()
+			var wg sync.WaitGroup
+			for i := range 100 { // 10 s at 10 Hz, the last one says end
+				facts := good()
+				if (i%2 == 1) != end {
+					facts = bad()
 				}
-			})
-			pass(100 * time.Millisecond)
-		}
-		wg.Wait()
-		if n := s.link.writes() - before; n > 10+postureBurst+1 || n < 5 {
-			t.Errorf("%d writes in 10 s; want about one a second", n)
-		}
-		if !last {
-			s.want("s1", wiki, sallyport.VerdictDeny)
-		} else {
-			s.want("s1", wiki, sallyport.VerdictAllow)
-		}
-		if n := len(s.Server.audit.(*ledger).records); n > 2 {
-			t.Errorf("%d audit records", n)
-		}
-	})
+				jws := s.signed(s.key, "s1", time.Now(), facts)
+				wg.Go(func() {
+					if err := s.ReportPosture(t.Context(), "s1", jws); err != nil {
+						t.Errorf("report %d: %v", i, err)
+					}
+				})
+				pass(100 * time.Millisecond)
+			}
+			wg.Wait()
+			written := s.link.writes() - before
+			if written > 10+postureBurst+1 || written < 5 {
+				t.Errorf("%d writes in 10 s; want about one a second", written)
+			}
+			s.want("s1", wiki, want)
+			if n := len(s.Server.audit.(*ledger).records); n > 2 {
+				t.Errorf("%d audit records", n)
+			}
+			told := 0
+			for _, n := range gateway.take() {
+				told += len(n.Changes)
+			}
+			if told > written {
+				t.Errorf("gateways were told %d changes for %d writes", told, written)
+			}
+		})
+	}
 }
 
 // The first bad report counts at once, whatever came before.
@@ -250,6 +266,36 @@ func TestCase_K7_agentStopsReporting(t *testing.T) {
 		if d.Reasons[0].Found != "unknown (too old)" {
 			t.Errorf("got %+v", d.Reasons)
 		}
+	})
+}
+
+func TestCase_K8_versionsByReport(t *testing.T) {
+	versions := []sallyport.Route{{
+		From: wiki, Policy: `allow: {or: [{device: {os_version: {">": "1.9"}, agent_version: {">=": "1.2.3"}}}]}`,
+	}}
+	inSite(t, Config{}, versions, func(t *testing.T, s *site) {
+		for _, tt := range []struct {
+			os, agent string
+			want      sallyport.Verdict
+		}{
+			{"1.10", "1.2.3", sallyport.VerdictAllow},
+			{"1.9", "1.2.3", sallyport.VerdictDeny},
+			{"1.9.0", "1.2.10", sallyport.VerdictDeny},
+			{"1.10", "1.2.3-beta", sallyport.VerdictDeny},
+			{"1.10", "1.2.4-beta", sallyport.VerdictAllow},
+		} {
+			if err := s.report("s1", map[string]any{"os_version": tt.os, "agent_version": tt.agent}); err != nil {
+				t.Fatalf("%+v: %v", tt, err)
+			}
+			s.want("s1", wiki, tt.want)
+			pass(2 * time.Second)
+		}
+		for _, empty := range []string{"", " ", "beta", "-1.10"} {
+			err := s.report("s1", map[string]any{"os_version": empty, "agent_version": "1.2.4"})
+			wantCode(t, fmt.Sprintf("os_version %q", empty), err, "posture.malformed")
+			pass(2 * time.Second)
+		}
+		s.want("s1", wiki, sallyport.VerdictAllow) // the last good report still governs
 	})
 }
 

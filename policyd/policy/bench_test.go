@@ -95,6 +95,39 @@ func BenchmarkDecide(b *testing.B) {
 	}
 }
 
+// BenchmarkExplain answers "why" as for a person who asks: with all reasons, and
+// with what would help.
+func BenchmarkExplain(b *testing.B) {
+	set, allowed := benchInput(b, 1)
+	_, denied := benchInput(b, 1)
+	for _, name := range []string{"disk_encrypted", "firewall"} {
+		f := denied.Person.Posture.Facts[name]
+		f.Value = false
+		denied.Person.Posture.Facts[name] = f
+	}
+	for _, bb := range []struct {
+		name string
+		in   *Input
+		ask  func(*Input, Answer) int
+		want int
+	}{
+		{"allow", allowed, func(in *Input, a Answer) int { return len(set.Reasons(in, a, true)) }, 3},
+		{"deny", denied, func(in *Input, a Answer) int { return len(set.Reasons(in, a, true)) }, 2},
+		{"deny with remedies", denied, func(in *Input, a Answer) int {
+			return len(set.Reasons(in, a, true)) + len(set.Remedies(in, a))
+		}, 3},
+	} {
+		b.Run(bb.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if got := bb.ask(bb.in, set.Decide(bb.in)); got != bb.want {
+					b.Fatalf("got %d reasons and remedies; want %d", got, bb.want)
+				}
+			}
+		})
+	}
+}
+
 // manyRules are n routes with as many rules each, no two policies alike, as they
 // are stored.
 func manyRules(tb testing.TB, n, rules int) []sallyport.Route {

@@ -82,7 +82,7 @@ func leafOf(c criterion) condition { return condition{is: c} }
 func (p *parser) onlyTrue(n *yaml.Node, what string) bool {
 	v, ok := p.boolean(n, what)
 	if ok && !v {
-		p.fail(n, "%s: false says nothing; write %[1]s: true, or put it under not", what)
+		p.fail(n, "%s: false says nothing; write {%[1]s: true} or {not: [{%[1]s: true}]}", what)
 	}
 	return ok && v
 }

@@ -30,11 +30,19 @@ func (c *groups) eval(in *Input) Value {
 func (c *groups) path() string { return "groups" }
 
 func (c *groups) wanted(open bool) string {
-	if !open {
+	switch {
+	case open:
+	case c.onlyExcludes():
+		return "no membership that this rule excludes"
+	default:
 		return "the membership that this rule asks for"
 	}
 	m := matcher{tests: c.tests}
 	return m.words()
+}
+
+func (c *groups) onlyExcludes() bool {
+	return !slices.ContainsFunc(c.tests, func(t test) bool { return t.op != exclude })
 }
 
 func (c *groups) found(in *Input) (string, time.Duration) {
@@ -45,6 +53,8 @@ func (c *groups) found(in *Input) (string, time.Duration) {
 		return "unknown (the directory does not know you)", 0
 	case c.eval(in) == True:
 		return "enough", 0
+	case c.onlyExcludes():
+		return "a membership that this rule excludes", 0
 	}
 	return "missing the membership that this rule asks for", 0
 }

@@ -44,9 +44,15 @@ type identity struct {
 
 func userOf(p *Person) string  { return string(p.User.ID) }
 func emailOf(p *Person) string { return p.Email }
+
+// domainOf is empty for an address without @ or with several: in which of the
+// parts its owner is at home nobody knows.
 func domainOf(p *Person) string {
-	i := strings.LastIndexByte(p.Email, '@')
-	return p.Email[i+1:]
+	_, domain, _ := strings.Cut(p.Email, "@")
+	if strings.Contains(domain, "@") {
+		return ""
+	}
+	return domain
 }
 
 func parseUser(p *parser, _ string, n *yaml.Node) (condition, bool) {

@@ -1,7 +1,8 @@
 package policy
 
 import (
-	"math"
+	"hash/maphash"
+	"math/bits"
 	"slices"
 	"time"
 
@@ -26,13 +27,12 @@ type Input struct {
 	// has one of its own.
 	Budget *Budget
 
-	site      *Options      // of the Set that decides
-	reportAge time.Duration // since the posture was received
-	signed    time.Time     // when the device signed it, by its clock
-	until     time.Duration // how long what was looked at stays as it is; 0: for ever
-	peer      bool          // the peer's address was looked at
-
-	recall map[string]any // what CEL expressions see instead of Person; nil: Person
+	site      *Options       // of the Set that decides
+	reportAge time.Duration  // since the posture was received
+	signed    int64          // when the device signed it, by its clock, in Unix milliseconds
+	until     time.Duration  // how long what was looked at stays as it is; 0: for ever
+	peer      bool           // the peer's address was looked at
+	recall    map[string]any // what CEL expressions see instead of Person; nil: Person
 }
 
 // Records finds the external records that policies look at. One that finds records
@@ -49,7 +49,7 @@ func (in *Input) prepare(site *Options) {
 		return
 	}
 	if p := in.Person.Posture; p != nil {
-		in.reportAge, in.signed = max(in.Now.Sub(p.Received), 0), time.UnixMilli(p.Sequence)
+		in.reportAge, in.signed = max(min(in.Now.Sub(p.Received), century*time.Second), 0), p.Sequence
 	}
 	if in.Person.ExpiresIn != 0 {
 		in.lasts(in.Person.ExpiresIn)
@@ -64,19 +64,20 @@ func (in *Input) external(typ, id string) (map[string]any, bool) {
 	return in.Records.External(typ, id)
 }
 
-// age is how old a fact of the person's posture is. A fact that was read in the
-// year 2 is as old as a duration can say: the sum of two ages that both are must
-// not turn into a new one.
+// age is how old a fact of the person's posture is, for at most two centuries:
+// the sum of two ages must not overflow and make what is old new.
 func (in *Input) age(f *sallyport.Fact) time.Duration {
 	if f.At.IsZero() {
 		return in.reportAge
 	}
-	before := max(in.signed.Sub(f.At), 0)
-	if before > math.MaxInt64-in.reportAge {
-		return math.MaxInt64
-	}
-	return in.reportAge + before
+	// As Time.Sub, which costs a tenth of a decision.
+	seconds := max(min(in.signed/1000-f.At.Unix(), century), -1)
+	before := time.Duration(seconds)*time.Second + time.Duration(in.signed%1000)*time.Millisecond -
+		time.Duration(f.At.Nanosecond())
+	return in.reportAge + max(before, 0)
 }
+
+const century = 100 * 365 * 24 * 60 * 60 // in seconds
 
 // Person is a live session and the records behind it.
 type Person struct {
@@ -100,7 +101,14 @@ type Person struct {
 // about them is unknown.
 type Groups struct {
 	names []string // ids and names, sorted, without doubles; nil: not known
+	// index finds names by their hash: places in names plus 1, with open addressing
+	// in at least half as many slots again, a power of two. Nil for few names.
+	index []uint32
+	seed  maphash.Seed // so that nobody can name groups to collide
 }
+
+// fewNames are searched as fast as they are hashed.
+const fewNames = 4
 
 // NewGroups returns the set of gs; an empty one is known to be empty.
 func NewGroups(gs []sallyport.Group) Groups {
@@ -112,14 +120,45 @@ func NewGroups(gs []sallyport.Group) Groups {
 		}
 	}
 	slices.Sort(names)
-	return Groups{names: slices.Clip(slices.Compact(names))}
+	g := Groups{names: slices.Clip(slices.Compact(names))}
+	if len(g.names) > fewNames {
+		g.buildIndex()
+	}
+	return g
 }
 
-func (g Groups) known() bool { return g.names != nil }
+func (g *Groups) buildIndex() {
+	g.seed = maphash.MakeSeed()
+	g.index = make([]uint32, 1<<bits.Len(uint(len(g.names)*3/2)))
+	for i, name := range g.names {
+		slot := g.slot(name)
+		for g.index[slot] != 0 {
+			slot = g.after(slot)
+		}
+		g.index[slot] = uint32(i + 1)
+	}
+}
 
-func (g Groups) has(name string) bool {
-	_, ok := slices.BinarySearch(g.names, name)
-	return ok
+// slot is where the search for name starts.
+func (g *Groups) slot(name string) int {
+	return int(maphash.String(g.seed, name)) & (len(g.index) - 1)
+}
+
+func (g *Groups) after(slot int) int { return (slot + 1) & (len(g.index) - 1) }
+
+func (g *Groups) known() bool { return g.names != nil }
+
+func (g *Groups) has(name string) bool {
+	if g.index == nil {
+		_, ok := slices.BinarySearch(g.names, name)
+		return ok
+	}
+	for slot := g.slot(name); g.index[slot] != 0; slot = g.after(slot) {
+		if g.names[g.index[slot]-1] == name {
+			return true
+		}
+	}
+	return false
 }
 
 // lasts notes that something that was looked at changes by the clock after d.

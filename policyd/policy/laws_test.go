@@ -94,6 +94,7 @@ func checkLaws(t *rapid.T, met map[sallyport.Verdict]int) {
 // TestProperty meets -rapid.checks policies with peopleEach people each. `make
 // property` asks for 100,000 cases.
 func TestProperty(t *testing.T) {
+	t.Parallel()
 	met := make(map[sallyport.Verdict]int)
 	rapid.Check(t, func(t *rapid.T) { checkLaws(t, met) })
 	n := 0
@@ -428,7 +429,14 @@ var forgetting = []struct {
 	{"the e-mail address", func(in *Input) { in.Person.Email = "" }},
 	{"the device", func(in *Input) { in.Person.Device, in.Person.Posture = nil, nil }},
 	{"the report", func(in *Input) { in.Person.Posture = nil }},
+	{"how they logged in", func(in *Input) {
+		login := *in.Person.Login
+		login.AuthMethods, login.Created = nil, time.Time{}
+		in.Person.Login = &login
+	}},
 	{"firewall", func(in *Input) { forgetFact(in, "firewall") }},
+	{"screen_lock", func(in *Input) { forgetFact(in, "screen_lock") }},
+	{"edr", func(in *Input) { forgetFact(in, "edr") }},
 	{"os_version", func(in *Input) { forgetFact(in, "os_version") }},
 	{"os", func(in *Input) { forgetFact(in, "os") }},
 	{"all facts' age", func(in *Input) {
@@ -537,6 +545,7 @@ func lawCaseOfEmail(_ *rapid.T, c *trial) string {
 // Two operator blocks in one rule never load, and both readings that the error
 // shows do and mean what they say.
 func TestPropertyTwoBlocks(t *testing.T) {
+	t.Parallel()
 	rapid.Check(t, func(t *rapid.T) {
 		one, two := drawBlock(t, 2), drawBlock(t, 2)
 		if one[:4] == two[:4] { // the same key twice is another fault

@@ -25,7 +25,7 @@ type ageLimit struct {
 
 // parseSessionAge reads {"<": 1h}.
 func parseSessionAge(p *parser, _ string, n *yaml.Node) (condition, bool) {
-	if n.Kind != yaml.MappingNode && n.Value != "" {
+	if n.Kind != yaml.MappingNode && n.Value != "" && n.Tag != "!!null" {
 		p.fail(n, `session_age needs an operator; write session_age: {"<": %.40s}`, n.Value)
 		return condition{}, false
 	}

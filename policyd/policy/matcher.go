@@ -283,7 +283,7 @@ func (p *parser) textTests(n *yaml.Node, what string, ops map[string]compare, re
 func (p *parser) listTests(n *yaml.Node, what string, read literal) ([]test, bool) {
 	switch n.Kind {
 	case yaml.SequenceNode:
-		p.fail(n, "%s takes one value, not a list; write or: [{%[1]s: A}, {%[1]s: B}]", what)
+		p.fail(n, "%s takes one value, not a list; write %s", what, eitherOf(what, n.Content))
 		return nil, false
 	case yaml.MappingNode:
 		return p.operators(n, what, listOperators, read)
@@ -313,7 +313,7 @@ func (p *parser) operand(key string, op compare, n *yaml.Node, what string, read
 	if key != "in" && key != "not_in" {
 		s, ok := read(n, what)
 		if ok && s.kind != 's' && (op == contains || op == startsWith || op == endsWith) {
-			p.fail(n, "%s needs text; put quotes around %s", key, n.Value)
+			p.fail(n, "%s needs text; put quotes around it: %q", key, n.Value)
 			ok = false
 		}
 		t.of = []scalar{s}

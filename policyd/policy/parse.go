@@ -18,6 +18,10 @@ import (
 const (
 	maxText  = 1 << 20 // bytes of one policy
 	maxDepth = 8       // blocks within blocks
+	// maxFaults are told at once; a megabyte of nonsense would make ten of errors.
+	maxFaults = 100
+	// maxShown is how many values an error shows rewritten.
+	maxShown = 16
 )
 
 // Error is one fault in a policy's text.
@@ -155,8 +159,17 @@ type parser struct {
 }
 
 func (p *parser) fail(n *yaml.Node, format string, args ...any) {
+	switch {
+	case p.full():
+		return
+	case len(p.errs) == maxFaults-1:
+		format, args = "more faults from here on; mend these first", nil
+	}
 	p.errs = append(p.errs, &Error{max(n.Line, 1), max(n.Column, 1), fmt.Sprintf(format, args...)})
 }
+
+// full: no more faults are taken, so there is no use in reading on.
+func (p *parser) full() bool { return len(p.errs) >= maxFaults }
 
 func (p *parser) policy(n *yaml.Node) *Policy {
 	objects := []*yaml.Node{n}
@@ -168,6 +181,9 @@ func (p *parser) policy(n *yaml.Node) *Policy {
 	}
 	pol := &Policy{}
 	for i, o := range objects {
+		if p.full() {
+			break
+		}
 		p.rules(o, i+1, pol)
 	}
 	return pol
@@ -233,27 +249,33 @@ func (p *parser) body(n *yaml.Node, action string) (condition, bool) {
 	}
 	if len(entries) > 1 {
 		p.fail(n, "more than one of and, or, not, nor in one rule can be read in two ways; write\n  %s\nor\n  %s",
-			reading(action, "and", n), reading(action, "or", n))
+			reading(action, "and", entries), reading(action, "or", entries))
 		return condition{}, false
 	}
 	return p.block(entries[0], 1)
 }
 
 // reading rewrites a body with several operator blocks as one block op of them.
-func reading(action, op string, body *yaml.Node) string {
-	str := func(s string) *yaml.Node { return &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!str", Value: s} }
-	mapOf := func(k, v *yaml.Node) *yaml.Node {
-		return &yaml.Node{Kind: yaml.MappingNode, Style: yaml.FlowStyle, Content: []*yaml.Node{k, v}}
+// Of long blocks it shows the form only.
+func reading(action, op string, body []entry) string {
+	blocks := &yaml.Node{Kind: yaml.SequenceNode}
+	for _, e := range body {
+		list := e.value
+		if size(list) > 16*maxShown {
+			list = &yaml.Node{Kind: yaml.SequenceNode, Content: []*yaml.Node{textNode("…")}}
+		}
+		blocks.Content = append(blocks.Content, mapNode(e.key, bare(list)))
 	}
-	blocks := &yaml.Node{Kind: yaml.SequenceNode, Style: yaml.FlowStyle}
-	for i := 0; i+1 < len(body.Content); i += 2 {
-		blocks.Content = append(blocks.Content, mapOf(str(body.Content[i].Value), bare(body.Content[i+1])))
+	return flow(mapNode(action, mapNode(op, blocks)))
+}
+
+// size is how many nodes n has.
+func size(n *yaml.Node) int {
+	count := 1
+	for _, child := range n.Content {
+		count += size(child)
 	}
-	text, err := yaml.Marshal(mapOf(str(action), mapOf(str(op), blocks)))
-	if err != nil {
-		return action + ": {" + op + ": […]}"
-	}
-	return strings.Join(strings.Fields(string(text)), " ")
+	return count
 }
 
 // bare copies n without comments and anchors.
@@ -280,6 +302,9 @@ func (p *parser) block(e entry, depth int) (condition, bool) {
 	}
 	c := condition{op: operators[e.key], at: placeOf(e.at)}
 	for _, n := range e.value.Content {
+		if p.full() {
+			break
+		}
 		if child, ok := p.condition(n, depth); ok {
 			c.of = append(c.of, child)
 		}
@@ -307,7 +332,11 @@ func (p *parser) condition(n *yaml.Node, depth int) (condition, bool) {
 	case !known:
 		p.fail(e.at, "unknown criterion %q%s", name, suggest(name, append(slices.Collect(maps.Keys(criteria)), operatorKeys...)))
 	case row.sub && sub == "":
-		p.fail(e.at, "%s needs a name: %s/NAME", name, name)
+		value := textNode("VALUE")
+		if e.value.Kind == yaml.ScalarNode && e.value.Value != "" {
+			value = bare(e.value)
+		}
+		p.fail(e.at, "%s needs a name; write %s", name, flow(mapNode(name+"/NAME", value)))
 	case !row.sub && hasSub:
 		p.fail(e.at, "%s takes no /%s", name, sub)
 	default:

@@ -11,6 +11,7 @@ import (
 	"sallyport/internal/fault"
 
 	"github.com/google/go-cmp/cmp"
+	"pgregory.net/rapid"
 )
 
 const anyone = `allow: {or: [{authenticated_user: true}]}`
@@ -476,6 +477,71 @@ func TestCase_K2_factsThatNoHonestAgentReports(t *testing.T) {
 	} {
 		if err := CheckFact(tt.name, tt.value); (err == nil) != tt.ok {
 			t.Errorf("%s = %v: got %v; want ok %v", tt.name, tt.value, err, tt.ok)
+		}
+	}
+}
+
+func TestGroupsFindEveryName(t *testing.T) {
+	for n := range 200 {
+		var gs []sallyport.Group
+		for i := range n {
+			gs = append(gs, sallyport.Group{ID: fmt.Sprintf("id-%d", i), Name: fmt.Sprintf("name-%d", i/2)})
+		}
+		g := NewGroups(gs)
+		for i := range n {
+			if !g.has(gs[i].ID) || !g.has(gs[i].Name) {
+				t.Fatalf("%d groups: %v is not found", n, gs[i])
+			}
+		}
+		for _, absent := range []string{"", "id-", fmt.Sprintf("id-%d", n), "name-", "Id-0"} {
+			if g.has(absent) {
+				t.Errorf("%d groups: %q is found", n, absent)
+			}
+		}
+	}
+}
+
+// age counts as Time.Sub does.
+func TestFactAgeIsExact(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		day := int64(24 * time.Hour)
+		signed := noon.Add(time.Duration(rapid.Int64Range(-day, day).Draw(t, "signed")))
+		received := noon.Add(-time.Duration(rapid.Int64Range(0, day).Draw(t, "received")))
+		at := noon.Add(time.Duration(rapid.Int64Range(-day, day).Draw(t, "at")))
+		p := &sallyport.Posture{Received: received, Sequence: signed.UnixMilli()}
+		want := noon.Sub(received) + max(time.UnixMilli(p.Sequence).Sub(at), 0)
+		if got := FactAge(p, sallyport.Fact{At: at}, noon); got != want {
+			t.Fatalf("got %v; want %v", got, want)
+		}
+	})
+}
+
+// Half a megabyte of anything is read or refused with a bounded error, and not in
+// a time that grows with its square (which would be minutes).
+func TestHugePoliciesAreCheap(t *testing.T) {
+	repeat := func(format string) string {
+		var b strings.Builder
+		for i := 0; b.Len() < maxText/2; i++ {
+			fmt.Fprintf(&b, format, i)
+		}
+		return b.String()
+	}
+	for name, text := range map[string]string{
+		"facts":          "allow: {or: [{device: {" + repeat("f%d: 1, ") + "g: 1}}]}",
+		"unknown words":  "allow: {or: [" + repeat("{emailx%d: 1}, ") + "{reject: true}]}",
+		"rules":          repeat("- {alow%d: 1}\n"),
+		"names in one":   `allow: {or: [{groups: "` + repeat("g%d,") + `"}]}`,
+		"names in list":  "allow: {or: [{groups: [" + repeat("g%d, ") + "g]}]}",
+		"two blocks":     "allow: {or: [" + repeat("{groups: g%d}, ") + "{reject: true}], and: [{reject: true}]}",
+		"bounds of fact": "allow: {or: [{device: {edr: {" + repeat("max_age: 1m%.0d, ") + "is: 1}}}]}",
+	} {
+		start := time.Now()
+		_, err := Parse([]byte(text))
+		if took := time.Since(start); took > 30*time.Second {
+			t.Errorf("%s: took %v", name, took)
+		}
+		if err != nil && len(err.Error()) > 64<<10 {
+			t.Errorf("%s: an error of %d bytes", name, len(err.Error()))
 		}
 	}
 }

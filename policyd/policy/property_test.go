@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
-	"testing"
 	"time"
 
 	"sallyport"
@@ -209,55 +208,4 @@ func drawSet(t *rapid.T) (*Set, string) {
 		t.Fatalf("%s\n%v", text, err)
 	}
 	return set, text
-}
-
-func FuzzParse(f *testing.F) {
-	for _, s := range []string{
-		anyone, "- {name: a, allow: {and: [{groups: {has: dba}}, {device: {disk_encrypted: {is: true, max_age: 5m, source: [os]}}}]}}",
-		"deny: {nor: [{claim/a.b: 5}, {or: [{email: {in: [a@b]}}]}]}", "- &a {allow: *a}", "allow: {or: [{time_of_day: {timezone: Europe/Berlin, after: 9:00, before: 5 PM}}, {day_of_week: mon-fri}, {date: {after: 2026-03-29T02:30, timezone: Europe/Berlin}}]}",
-		"allow: {and: [{session_age: {\"<\": 7d}}, {auth_method: {has: mfa}}, {record: {type: risk, field: score, \"<\": 10, of: peer}}]}", "a: !!binary x", "? ", "\t", "{", "- - -",
-	} {
-		f.Add([]byte(s))
-	}
-	in := &Input{Now: noon, Request: &sallyport.Request{Target: sallyport.Target{Network: "tcp", Host: "db.internal", Port: 5432}}}
-	f.Fuzz(func(t *testing.T, text []byte) {
-		p, err := Parse(text)
-		if err != nil {
-			errs, ok := err.(Errors)
-			if !ok || len(errs) == 0 {
-				t.Fatalf("%T %v: want Errors", err, err)
-			}
-			for _, e := range errs {
-				if e.Line < 1 || e.Column < 1 || e.Message == "" {
-					t.Errorf("fault without a place: %+v", e)
-				}
-			}
-			return
-		}
-		if len(p.allow)+len(p.deny)+len(p.observed) == 0 {
-			t.Fatal("a policy without rules loaded")
-		}
-		// It must hold for everything that loads: no panic, and nobody is let in
-		// by a rule that looks at people.
-		set, err := Compile([]sallyport.Route{{From: "tcp://db.internal:5432", Policy: string(text)}}, Options{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		a := set.Decide(in)
-		set.Reasons(in, a, true)
-	})
-}
-
-func FuzzVersions(f *testing.F) {
-	f.Add("1.10", "1.9")
-	f.Add("1.2.3-beta.1", "v1.2.3+x")
-	f.Fuzz(func(t *testing.T, a, b string) {
-		for _, order := range []func(a, b string) (int, bool){compareVersions, compareSemantic} {
-			x, okX := order(a, b)
-			y, okY := order(b, a)
-			if okX != okY || okX && sign(x) != -sign(y) {
-				t.Errorf("%q, %q: %d %v, reversed %d %v", a, b, x, okX, y, okY)
-			}
-		}
-	})
 }
