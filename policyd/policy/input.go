@@ -22,11 +22,12 @@ type Input struct {
 	// Records finds external records; nil: there are none.
 	Records Records
 
-	site      *Options      // of the Set that decides
-	reportAge time.Duration // since the posture was received
-	signed    time.Time     // when the device signed it, by its clock
-	until     time.Duration // how long what was looked at stays as it is; 0: for ever
-	peer      bool          // the peer's address was looked at
+	site      *Options          // of the Set that decides
+	reportAge time.Duration     // since the posture was received
+	signed    time.Time         // when the device signed it, by its clock
+	until     time.Duration     // how long what was looked at stays as it is; 0: for ever
+	peer      bool              // the peer's address was looked at
+	shown     *shownCertificate // the last that was looked at; nil: none yet
 }
 
 // Records finds the external records that policies look at.
