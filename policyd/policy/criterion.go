@@ -29,8 +29,8 @@ type criterion interface {
 type row struct {
 	// parse reads its value.
 	parse func(p *parser, sub string, n *yaml.Node) (condition, bool)
-	// sub: it is written NAME/SUBPATH.
-	sub bool
+	// sub: it is written NAME/SUBPATH; maySub: it can be.
+	sub, maySub bool
 }
 
 // criteria is the language's table of criteria. Adding one is adding a row.
@@ -58,7 +58,7 @@ var criteria = map[string]row{
 	"ssh_ca":                     {parse: parseSSHAuthority},
 	"ssh_username":               {parse: parseSSHUsername},
 	"ssh_username_matches_email": {parse: parseSSHMatchesEmail},
-	"ssh_username_matches_claim": {parse: parseSSHMatchesClaim},
+	"ssh_username_matches_claim": {parse: parseSSHMatchesClaim, maySub: true},
 
 	"date":        {parse: parseDate},
 	"day_of_week": {parse: parseDayOfWeek},
