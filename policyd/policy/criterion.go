@@ -1,6 +1,8 @@
 package policy
 
 import (
+	"strconv"
+	"strings"
 	"time"
 
 	"go.yaml.in/yaml/v3"
@@ -77,14 +79,33 @@ func (p *parser) notYet(n *yaml.Node) (condition, bool) {
 
 func leafOf(c criterion) condition { return condition{is: c} }
 
-// onlyTrue reads the value of accept, reject and authenticated_user. PPL ignores
-// it, so "accept: false" would accept there; here it does not load.
+// onlyTrue reads the value of criteria that need none. PPL ignores it, so
+// "accept: false" would accept there; what can be read as false does not load.
 func (p *parser) onlyTrue(n *yaml.Node, what string) bool {
-	v, ok := p.boolean(n, what)
-	if ok && !v {
-		p.fail(n, "%s: false says nothing; write %[1]s: true, or put it under not", what)
+	v, ok := p.scalar(n, what)
+	if ok && v.readsFalse() {
+		p.fail(n, "%s: %s says nothing; write %[1]s: true, or put it under not", what, n.Value)
+		return false
 	}
-	return ok && v
+	return ok
+}
+
+// falseWords are texts that somebody may mean as false.
+var falseWords = map[string]bool{
+	"false": true, "f": true, "no": true, "n": true, "off": true, "never": true, "none": true, "nil": true,
+	"null": true, "~": true, "disabled": true, "": true,
+}
+
+func (s scalar) readsFalse() bool {
+	switch s.kind {
+	case 'b':
+		return !s.b
+	case 'n':
+		return s.n == 0
+	}
+	text := strings.ToLower(strings.TrimSpace(s.s))
+	n, err := strconv.ParseFloat(text, 64)
+	return falseWords[text] || err == nil && n == 0
 }
 
 // constant is accept and reject.
