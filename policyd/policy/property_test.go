@@ -33,7 +33,7 @@ func drawBlock(t *rapid.T, depth int) string {
 		if depth < 3 && rapid.IntRange(0, 3).Draw(t, "nest") == 0 {
 			parts[i] = drawBlock(t, depth+1)
 		} else {
-			parts[i] = "{" + rapid.SampledFrom(leaves).Draw(t, "leaf") + "}"
+			parts[i] = "{" + rapid.SampledFrom(slices.Concat(leaves, requestLeaves)).Draw(t, "leaf") + "}"
 		}
 	}
 	return "{" + op + ": [" + strings.Join(parts, ", ") + "]}"
@@ -50,6 +50,7 @@ func drawPolicy(t *rapid.T) string {
 
 func drawInput(t *rapid.T) *Input {
 	in := &Input{Now: noon, Request: &sallyport.Request{Session: "s1", Target: sallyport.Target{Network: "tcp", Host: "db.internal", Port: 5432}}}
+	drawRequest(t, in.Request)
 	if rapid.IntRange(0, 7).Draw(t, "nobody") == 0 {
 		return in
 	}
