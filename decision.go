@@ -13,7 +13,8 @@ type Request struct {
 	// Target is what is asked for, canonical. The zero Target asks whether the
 	// session may hold a carrier (the answer depends on the session's subjects).
 	Target Target `json:"target"`
-	// Method and Path are those of the HTTP request; empty for TCP and UDP.
+	// Method and Path are those of the HTTP request, the path as it stands there:
+	// not decoded, not cleaned; empty for TCP and UDP.
 	Method string `json:"method,omitempty"`
 	Path   string `json:"path,omitempty"`
 	// Headers holds the few request headers a criterion may look at (Origin,

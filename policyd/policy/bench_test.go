@@ -67,10 +67,12 @@ func TestDecideAllocatesNothing(t *testing.T) {
 
 // Every criterion's evaluation is free of allocations, too; CEL's takes a few.
 func TestCriteriaAllocateNothing(t *testing.T) {
-	in := asker(t, `email=a@b groups=a claim.x="1" claim.o={"p":true} fact.firewall=true fact.os_version="15.4" fact.edr=4 fact.os="linux" type=tpm approved=true`)
+	in := asker(t, `email=a@b groups=a claim.x="1" claim.o={"p":true} fact.firewall=true fact.os_version="15.4" fact.edr=4 fact.os="linux" type=tpm approved=true`+requestWords)
 	for _, l := range append([]string{"device: {is: d1}", "device: {type: tpm}", "email: {contains: A, starts_with: a, ends_with: B}"}, allLeaves()...) {
+		if strings.HasPrefix(l, "ssh_ca") {
+			continue // verifies a signature
+		}
 		set := compileOne(t, "allow: {or: [{"+l+"}]}")
-		in.Request = &sallyport.Request{Session: "s1", Target: sallyport.Target{Network: "tcp", Host: "db.internal", Port: 5432}}
 		most := 0.0
 		if strings.HasPrefix(l, "cel:") {
 			most = 25

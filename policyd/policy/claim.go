@@ -16,8 +16,12 @@ type claim struct {
 
 func parseClaim(p *parser, sub string, n *yaml.Node) (condition, bool) {
 	tests, ok := p.listTests(n, "claim/"+sub, p.scalar)
-	return leafOf(&claim{name: sub, steps: strings.Split(sub, "."), tests: tests}), ok
+	c := newClaim(sub)
+	c.tests = tests
+	return leafOf(&c), ok
 }
+
+func newClaim(name string) claim { return claim{name: name, steps: strings.Split(name, ".")} }
 
 func (c *claim) eval(in *Input) Value {
 	if in.Person == nil {

@@ -1,6 +1,8 @@
 package policy
 
 import (
+	"strconv"
+	"strings"
 	"time"
 
 	"go.yaml.in/yaml/v3"
@@ -29,8 +31,8 @@ type criterion interface {
 type row struct {
 	// parse reads its value.
 	parse func(p *parser, sub string, n *yaml.Node) (condition, bool)
-	// sub: it is written NAME/SUBPATH.
-	sub bool
+	// sub: it is written NAME/SUBPATH; maySub: it can be.
+	sub, maySub bool
 }
 
 // criteria is the language's table of criteria. Adding one is adding a row.
@@ -58,7 +60,7 @@ var criteria = map[string]row{
 	"ssh_ca":                     {parse: parseSSHAuthority},
 	"ssh_username":               {parse: parseSSHUsername},
 	"ssh_username_matches_email": {parse: parseSSHMatchesEmail},
-	"ssh_username_matches_claim": {parse: parseSSHMatchesClaim},
+	"ssh_username_matches_claim": {parse: parseSSHMatchesClaim, maySub: true},
 
 	"date":        {parse: parseDate},
 	"day_of_week": {parse: parseDayOfWeek},
@@ -70,21 +72,35 @@ var criteria = map[string]row{
 	"cel": {parse: parseCEL},
 }
 
-func (p *parser) notYet(n *yaml.Node) (condition, bool) {
-	p.fail(n, "this criterion is not supported by this version")
-	return condition{}, false
-}
-
 func leafOf(c criterion) condition { return condition{is: c} }
 
-// onlyTrue reads the value of accept, reject and authenticated_user. PPL ignores
-// it, so "accept: false" would accept there; here it does not load.
+// onlyTrue reads the value of criteria that need none. PPL ignores it, so
+// "accept: false" would accept there; what can be read as false does not load.
 func (p *parser) onlyTrue(n *yaml.Node, what string) bool {
-	v, ok := p.boolean(n, what)
-	if ok && !v {
-		p.fail(n, "%s: false says nothing; write {%[1]s: true} or {not: [{%[1]s: true}]}", what)
+	v, ok := p.scalar(n, what)
+	if ok && v.readsFalse() {
+		p.fail(n, "%s: %s says nothing; write {%[1]s: true} or {not: [{%[1]s: true}]}", what, n.Value)
+		return false
 	}
-	return ok && v
+	return ok
+}
+
+// falseWords are texts that somebody may mean as false.
+var falseWords = map[string]bool{
+	"false": true, "f": true, "no": true, "n": true, "off": true, "never": true, "none": true, "nil": true,
+	"null": true, "~": true, "disabled": true, "": true,
+}
+
+func (s scalar) readsFalse() bool {
+	switch s.kind {
+	case 'b':
+		return !s.b
+	case 'n':
+		return s.n == 0
+	}
+	text := strings.ToLower(strings.TrimSpace(s.s))
+	n, err := strconv.ParseFloat(text, 64)
+	return falseWords[text] || err == nil && n == 0
 }
 
 // constant is accept and reject.

@@ -87,9 +87,45 @@ func parseDevice(p *parser, _ string, n *yaml.Node) (condition, bool) {
 func (p *parser) deviceEntry(e entry, common bounds) (criterion, bool) {
 	if field, is := recordFields[e.key]; is {
 		tests, ok := p.textTests(e.value, "device."+e.key, textOperators, p.kind(field.kind))
+		if e.key == "type" && ok {
+			tests, ok = p.deviceTypes(e.value, tests)
+		}
 		return &deviceField{e.key, field.value, matcher{tests: tests}}, ok
 	}
 	return p.fact(e, common)
+}
+
+// deviceTypes expands PPL's words for kinds of keys: any is every registered
+// device, for which no test is left; enclave_only is a key that hardware of the
+// device keeps.
+func (p *parser) deviceTypes(n *yaml.Node, tests []test) ([]test, bool) {
+	var out []test
+	for _, t := range tests {
+		if t.op != isAny && t.op != isNone {
+			out = append(out, t)
+			continue
+		}
+		every := false
+		var of []scalar
+		for _, s := range t.of {
+			switch s.s {
+			case "any":
+				every = true
+			case "enclave_only":
+				of = append(of, scalar{kind: 's', s: "tpm"}, scalar{kind: 's', s: "secure_enclave"})
+			default:
+				of = append(of, s)
+			}
+		}
+		if every && t.op == isNone {
+			p.fail(n, "device.type: no device has a type that is not any; write not: [{device: {type: any}}]")
+			return nil, false
+		}
+		if !every {
+			out = append(out, test{t.op, of})
+		}
+	}
+	return out, true
 }
 
 // kind reads literals of one type, or (0) of any.
@@ -326,7 +362,7 @@ func (f *deviceField) eval(in *Input) Value {
 	case "is":
 		return f.match.text(string(in.Person.Device.ID))
 	case "type":
-		if in.Person.Device.Type == "" {
+		if in.Person.Device.Type == "" && len(f.match.tests) > 0 {
 			return Unknown
 		}
 		return f.match.text(in.Person.Device.Type)
@@ -339,6 +375,9 @@ func (f *deviceField) path() string { return "device." + f.name }
 func (f *deviceField) wanted(bool) string {
 	if f.name == "is" {
 		return "a device that this rule names"
+	}
+	if len(f.match.tests) == 0 {
+		return "a registered device"
 	}
 	return f.match.words()
 }

@@ -47,6 +47,19 @@ func TestCase_I5_noImplicitConversion(t *testing.T) { golden(t, "testdata/langua
 
 func TestCase_I7_denyBeatsAllow(t *testing.T) { golden(t, "testdata/language/deny_beats_allow.txtar") }
 
+func TestCase_I4_namesOfAccounts(t *testing.T) {
+	golden(t, "testdata/ssh_username/confusable.txtar")
+	golden(t, "testdata/ssh_username/bad.txtar")
+	golden(t, "testdata/ssh_ca/principal_list.txtar")
+	golden(t, "testdata/ssh_username_matches_claim/fails.txtar")
+}
+
+func TestCase_I12_networks(t *testing.T) {
+	golden(t, "testdata/source_ip/bad.txtar")
+	golden(t, "testdata/source_ip/mapped.txtar")
+	golden(t, "testdata/source_ip/everything.txtar")
+}
+
 func TestCase_I1_anchorsAndDuplicates(t *testing.T) {
 	golden(t, "testdata/language/bad_yaml.txtar")
 	golden(t, "testdata/language/bad_duplicates.txtar")

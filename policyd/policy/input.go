@@ -27,12 +27,13 @@ type Input struct {
 	// has one of its own.
 	Budget *Budget
 
-	site      *Options       // of the Set that decides
-	reportAge time.Duration  // since the posture was received
-	signed    int64          // when the device signed it, by its clock, in Unix milliseconds
-	until     time.Duration  // how long what was looked at stays as it is; 0: for ever
-	peer      bool           // the peer's address was looked at
-	recall    map[string]any // what CEL expressions see instead of Person; nil: Person
+	site      *Options          // of the Set that decides
+	reportAge time.Duration     // since the posture was received
+	signed    int64             // when the device signed it, by its clock, in Unix milliseconds
+	until     time.Duration     // how long what was looked at stays as it is; 0: for ever
+	peer      bool              // the peer's address was looked at
+	recall    map[string]any    // what CEL expressions see instead of Person; nil: Person
+	shown     *shownCertificate // the last that was looked at; nil: none yet
 }
 
 // Records finds the external records that policies look at. One that finds records

@@ -17,6 +17,7 @@ const (
 	contains
 	startsWith
 	endsWith
+	within // prefix: the path itself, or what lies under it
 	less
 	lessOrEqual
 	greater
@@ -68,6 +69,8 @@ func (m *matcher) textTest(t *test, s string) Value {
 		return truth(len(s) >= len(t.of[0].s) && m.same(s[:len(t.of[0].s)], t.of[0].s))
 	case endsWith:
 		return truth(len(s) >= len(t.of[0].s) && m.same(s[len(s)-len(t.of[0].s):], t.of[0].s))
+	case within:
+		return truth(underPath(s, t.of[0].s))
 	case less, lessOrEqual, greater, greaterOrEqual:
 		if t.of[0].kind != 's' || m.order == nil {
 			return Unknown
@@ -186,6 +189,13 @@ func (m *matcher) contains(s, part string) bool {
 	return false
 }
 
+// underPath: whole segments only, so that /api is no prefix of /apis. A prefix that
+// ends in a slash has no path of its own.
+func underPath(path, prefix string) bool {
+	rest, ok := strings.CutPrefix(path, prefix)
+	return ok && (rest == "" || rest[0] == '/' || strings.HasSuffix(prefix, "/"))
+}
+
 func lower(c byte) byte {
 	if c >= 'A' && c <= 'Z' {
 		c += 'a' - 'A'
@@ -225,6 +235,8 @@ func (t *test) words() string {
 		return "starts with " + list
 	case endsWith:
 		return "ends with " + list
+	case within:
+		return "is or lies under " + list
 	case less:
 		return "below " + list
 	case lessOrEqual:

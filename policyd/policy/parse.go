@@ -331,13 +331,13 @@ func (p *parser) condition(n *yaml.Node, depth int) (condition, bool) {
 	switch {
 	case !known:
 		p.fail(e.at, "unknown criterion %q%s", name, suggest(name, append(slices.Collect(maps.Keys(criteria)), operatorKeys...)))
-	case row.sub && sub == "":
+	case sub == "" && (row.sub || row.maySub && hasSub):
 		value := textNode("VALUE")
 		if e.value.Kind == yaml.ScalarNode && e.value.Value != "" {
 			value = bare(e.value)
 		}
 		p.fail(e.at, "%s needs a name; write %s", name, flow(mapNode(name+"/NAME", value)))
-	case !row.sub && hasSub:
+	case !row.sub && !row.maySub && hasSub:
 		p.fail(e.at, "%s takes no /%s", name, sub)
 	default:
 		c, ok := row.parse(p, sub, e.value)

@@ -2,7 +2,6 @@ package policy
 
 import (
 	"fmt"
-	"net/netip"
 	"strings"
 	"time"
 
@@ -46,6 +45,7 @@ var leaves = []struct {
 		`cel: 'now < timestamp("2026-06-01T12:00:45Z")'`, `cel: 'session.claims.x == "1" ? device.facts.edr > 3 : groups.exists(g, g == "b")'`,
 		`cel: 'request.port == 5432'`, `cel: '1 / size(groups) > 0'`,
 	}},
+	{"the request", requestLeaves},
 	{"time", []string{
 		"time_of_day: {timezone: Europe/Berlin, after: \"2:30\", before: 17:00}", "time_of_day: {timezone: Australia/Lord_Howe, before: \"1:45\"}",
 		"day_of_week: mon-fri", "day_of_week: {is: \"sat,sun\", timezone: Pacific/Apia}",
@@ -110,7 +110,9 @@ func drawPolicy(t *rapid.T) string {
 }
 
 func drawInput(t *rapid.T) *Input {
-	in := &Input{Now: drawNow(t), Request: drawRequest(t), Records: rapid.SampledFrom(someRecords).Draw(t, "records")}
+	q := &sallyport.Request{Session: "s1", Target: sallyport.Target{Network: "tcp", Host: "db.internal", Port: 5432}}
+	drawRequest(t, q)
+	in := &Input{Now: drawNow(t), Request: q, Records: rapid.SampledFrom(someRecords).Draw(t, "records")}
 	if rapid.IntRange(0, 7).Draw(t, "nobody") > 0 {
 		in.Person = drawPerson(t, in.Now)
 	}
@@ -119,14 +121,6 @@ func drawInput(t *rapid.T) *Input {
 
 var someRecords = []goldenRecords{
 	nil, {"risk/u1": {"score": 5.0}}, {"risk/u1": {"score": 50.0}, "risk/192.0.2.7": {"tags": []any{"tor"}}},
-}
-
-func drawRequest(*rapid.T) *sallyport.Request {
-	return &sallyport.Request{
-		Session: "s1",
-		Target:  sallyport.Target{Network: "tcp", Host: "db.internal", Port: 5432},
-		Peer:    netip.MustParseAddrPort("192.0.2.7:4711"),
-	}
 }
 
 func drawPerson(t *rapid.T, now time.Time) *Person {

@@ -122,7 +122,7 @@ func everyMinimal(h *search, all map[string][]*change) []string {
 	try(0, nil)
 	var out []string
 	for name := range helps {
-		if helps[name] && !slices.ContainsFunc(slices.Collect(maps.Keys(helps)), func(o string) bool { return o != name && helps[o] && within(o, name) }) {
+		if helps[name] && !slices.ContainsFunc(slices.Collect(maps.Keys(helps)), func(o string) bool { return o != name && helps[o] && isPartOf(o, name) }) {
 			out = append(out, name)
 		}
 	}
@@ -130,8 +130,8 @@ func everyMinimal(h *search, all map[string][]*change) []string {
 	return out
 }
 
-// within reports whether all of x is part of y; a login by other methods is a login.
-func within(x, y string) bool {
+// isPartOf reports whether all of x is part of y; a login by other methods is a login.
+func isPartOf(x, y string) bool {
 	of := strings.Split(y, "+")
 	if slices.Contains(of, "login by other methods") {
 		of = append(of, aboutLogin)
