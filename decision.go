@@ -187,8 +187,8 @@ type Upstream struct {
 	// Host is a name to resolve or a literal address.
 	Host string `json:"host"`
 	Port uint16 `json:"port"`
-	// Literal is set when the route itself names this address; only then may it
-	// be a loopback address.
+	// Literal is set when the route itself names this address, not a network
+	// around it; only then may it be a loopback address.
 	Literal bool `json:"literal,omitempty"`
 }
 
@@ -242,7 +242,8 @@ type Listing struct {
 
 // ListedTarget is one route in a Listing.
 type ListedTarget struct {
-	// From is the route as written: it may hold a wildcard.
+	// From is the route as written: it may hold a wildcard, a network or a range
+	// of ports. The answer is then that for one of its targets.
 	From    string   `json:"from"`
 	Name    string   `json:"name,omitempty"`
 	Verdict Verdict  `json:"verdict"`

@@ -102,9 +102,11 @@ type Posture struct {
 // Route is one entry of the configuration's routes.
 type Route struct {
 	// From is what people ask for: "tcp://db.internal:5432",
-	// "tcp://*.svc.internal:22", "https://wiki.corp.example".
+	// "tcp://*.svc.internal:22", "tcp://10.0.0.0/8:22", "tcp://[2001:db8::/32]:22",
+	// "tcp://db.internal:5000-5010", "https://wiki.corp.example".
 	From string `json:"from"`
-	// To is what the gateway dials; empty: the asked-for name itself.
+	// To is what the gateway dials; empty: the asked-for host itself. Under a range
+	// of ports it has the same range, and the asked-for port is dialled.
 	To string `json:"to,omitempty"`
 	// Name is a short name people may type; empty: none.
 	Name string `json:"name,omitempty"`

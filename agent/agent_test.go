@@ -514,3 +514,40 @@ func TestMatchPrefersRouteNames(t *testing.T) {
 		t.Errorf("got %v; want the route that is named db", got)
 	}
 }
+
+func TestRoutesOfManyTargetsAreNoShortNames(t *testing.T) {
+	list := sallyport.Listing{Targets: []sallyport.ListedTarget{
+		{From: "tcp://db.internal:5000-5010"},
+		{From: "ssh://10.0.0.0/8", Name: "lab"},
+		{From: "tcp://*.svc.internal:22", Name: "services"},
+		{From: "tcp://[2001:db8::/32]:22"},
+		{From: "tcp://build.internal:22"},
+	}}
+	for word, want := range map[string]string{
+		"db":               `"db" stands for db.internal:5000-5010`,
+		"DB":               `"DB" stands for db.internal:5000-5010`,
+		"lab":              `"lab" stands for 10.0.0.0/8`,
+		"services":         `"services" stands for *.svc.internal:22`,
+		"10":               "no such target: 10",
+		"dbb":              "no such target: dbb\ndid you mean db.internal:5000-5010?",
+		"db.intrnal:5003":  "no such target: db.intrnal:5003\ndid you mean db.internal:5000-5010?",
+		"service":          "no such target: service\ndid you mean *.svc.internal:22?",
+		"biuld":            "no such target: biuld\ndid you mean build.internal:22?",
+		"something.else:1": "no such target: something.else:1\nrun: agent ls",
+	} {
+		if found := agent.Match(list, word); len(found) != 0 {
+			t.Errorf("%s: got %v; want nothing that can be dialled", word, found)
+		}
+		var e *sallyport.Error
+		if !errors.As(agent.Unknown(list, word), &e) {
+			t.Fatalf("%s: no error that is told", word)
+		}
+		got := e.Message
+		if strings.HasPrefix(want, "no such") && strings.Contains(want, "\n") {
+			got += "\n" + e.Hint
+		}
+		if got != want {
+			t.Errorf("%s: got %q; want %q", word, got, want)
+		}
+	}
+}

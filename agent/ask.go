@@ -234,8 +234,8 @@ func Match(list sallyport.Listing, word string) []sallyport.Target {
 	word = strings.ToLower(word)
 	var named, labelled []sallyport.Target
 	for _, l := range list.Targets {
-		t, err := sallyport.ParseTarget(l.From)
-		if err != nil { // a wildcard
+		t, ok := single(l.From)
+		if !ok {
 			continue
 		}
 		label, _, _ := strings.Cut(t.Host, ".")
@@ -252,9 +252,47 @@ func Match(list sallyport.Listing, word string) []sallyport.Target {
 	return labelled
 }
 
-// Unknown is the error for a target that does not exist, with the nearest names
-// that the person may know.
+// single returns the target that a route stands for, if it is one: no wildcard, no
+// network, no range of ports.
+func single(from string) (sallyport.Target, bool) {
+	_, rest, _ := strings.Cut(from, "://")
+	if strings.ContainsAny(rest, "*/") {
+		return sallyport.Target{}, false
+	}
+	t, err := sallyport.ParseTarget(from)
+	return t, err == nil
+}
+
+// wordsFor returns what a person may call a route: its name, its host and the
+// host's first label; and how the route is told to people. Wildcards and networks
+// have no host.
+func wordsFor(l sallyport.ListedTarget) (words []string, told string) {
+	_, told, _ = strings.Cut(l.From, "://")
+	host := told[:max(strings.LastIndexByte(told, ':'), 0)]
+	if t, ok := single(l.From); ok {
+		host, told = t.Host, t.Authority()
+	}
+	if l.Name != "" {
+		words = append(words, strings.ToLower(l.Name))
+	}
+	if host != "" && !strings.ContainsAny(host, "*/") {
+		host = strings.ToLower(host)
+		label, _, _ := strings.Cut(host, ".")
+		words = append(words, label, host)
+	}
+	return words, told
+}
+
+// Unknown is the error for a word that is no target that exists: a route of many
+// targets that it stands for, or the nearest name that the person may know.
 func Unknown(list sallyport.Listing, word string) error {
+	for _, l := range list.Targets {
+		words, told := wordsFor(l)
+		if _, one := single(l.From); !one && slices.Contains(words, strings.ToLower(word)) {
+			return usage("target.ambiguous", fmt.Sprintf("%q stands for %s", word, connect.Printable(told, 300)),
+				"type one of these targets: HOST:PORT")
+		}
+	}
 	hint := "run: agent ls"
 	if near := nearest(list, word); near != "" {
 		hint = "did you mean " + near + "?"
@@ -268,17 +306,10 @@ func nearest(list sallyport.Listing, word string) string {
 	best, bestDistance := "", len(word)/3+2
 	word = strings.ToLower(word)
 	for _, l := range list.Targets {
-		t, err := sallyport.ParseTarget(l.From)
-		if err != nil {
-			continue
-		}
-		label, _, _ := strings.Cut(t.Host, ".")
-		for _, name := range []string{l.Name, label, t.Host, t.Authority()} {
-			if name == "" {
-				continue
-			}
-			if d := Distance(word, strings.ToLower(name)); d < bestDistance {
-				best, bestDistance = t.Authority(), d
+		words, told := wordsFor(l)
+		for _, name := range append(words, strings.ToLower(told)) {
+			if d := Distance(word, name); d < bestDistance {
+				best, bestDistance = told, d
 			}
 		}
 	}

@@ -176,7 +176,7 @@ func (d *snapshotDraft) applyConfig(r sallyport.Record) string {
 	c, err := sallyport.Decode[sallyport.Config](r)
 	if err == nil {
 		var next *rules
-		if next, err = compile(d.cfg, &c, r.Revision); err == nil {
+		if next, err = compile(d.cfg, &c, r.Revision, d.rules); err == nil {
 			d.rules, d.broken = next, nil
 			return "policy changed"
 		}
@@ -185,9 +185,14 @@ func (d *snapshotDraft) applyConfig(r sallyport.Record) string {
 	return ""
 }
 
-func compile(cfg Config, c *sallyport.Config, rev sallyport.Revision) (*rules, error) {
+// compile makes a configuration ready; what it has in common with old (nil: there
+// is none) need not be read again.
+func compile(cfg Config, c *sallyport.Config, rev sallyport.Revision, old *rules) (*rules, error) {
 	opts := policy.Options{
 		Sources: c.PostureSources, TTL: c.PostureTTL, Forbidden: c.Forbidden, ExplainGroups: c.ExplainGroups,
+	}
+	if old != nil {
+		opts.Known = old.set.Policies()
 	}
 	if len(opts.Sources) == 0 {
 		opts.Sources = cfg.PostureSources
@@ -281,13 +286,13 @@ func (s *snapshot) device(p *policy.Person, now time.Time) (absent string) {
 	return ""
 }
 
-// external returns the fields of the live external record of a type and id.
-func (s *snapshot) external(typ, id string, now time.Time) (map[string]any, bool) {
+// external returns the live external record of a type and id.
+func (s *snapshot) external(typ, id string, now time.Time) (*held[sallyport.External], bool) {
 	r, ok := s.externals.get(sallyport.ExternalID(typ, id))
 	if !ok || r.expired(now) || r.value.Type != typ || r.value.ID != id {
 		return nil, false
 	}
-	return r.value.Fields, true
+	return r, true
 }
 
 // earliest returns the earliest time that is not zero.

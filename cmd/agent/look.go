@@ -7,6 +7,7 @@ import (
 	"io"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -92,9 +93,20 @@ func isKind(from, kind string) bool {
 	case "http":
 		return scheme == "http" || scheme == "https"
 	case "ssh":
-		return scheme == "tcp" && strings.HasSuffix(rest, ":22")
+		return scheme == "ssh" || scheme == "tcp" && hasPort(rest, 22)
 	}
 	return scheme == kind
+}
+
+// hasPort reports whether port is the one, or within the range, that from ends in.
+func hasPort(from string, port int) bool {
+	first, last, isRange := strings.Cut(from[strings.LastIndexByte(from, ':')+1:], "-")
+	if !isRange {
+		last = first
+	}
+	low, errLow := strconv.Atoi(first)
+	high, errHigh := strconv.Atoi(last)
+	return errLow == nil && errHigh == nil && low <= port && port <= high
 }
 
 func runWhy(s *shell, ctx context.Context, args []string) error {
@@ -134,6 +146,9 @@ func (s *shell) printWhy(w io.Writer, t sallyport.Target, d sallyport.Decision) 
 		fmt.Fprintf(w, "allowed: %s\n  rule %q of route %s%s\n", t.Authority(), d.Rule, d.Route, untilClock(d))
 		for _, r := range d.Reasons {
 			fmt.Fprintf(w, "    %-24s %s%s\n", r.Condition, r.Found, age(r.Age))
+		}
+		for _, l := range connect.Observed(d) {
+			fmt.Fprintln(w, "  "+l)
 		}
 		fmt.Fprintf(w, "  decision %s, policy revision %d\n", d.ID, d.PolicyRevision)
 	} else {

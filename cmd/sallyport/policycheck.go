@@ -182,8 +182,7 @@ func (c *checker) configuration(path string) error {
 		return err
 	}
 	for i := range f.Routes {
-		p, err := policy.ParseNode(&f.Routes[i].Policy)
-		c.policy(path, f.Routes[i].From, p, err)
+		c.policy(path, f.Routes[i].From, f.Routes[i].Policy.Parsed, nil)
 	}
 	return nil
 }

@@ -61,6 +61,7 @@ var owners = []Owner{
 	{"github.com/spf13/cobra", []string{"cmd"}, false},
 	{"github.com/spf13/pflag", []string{"cmd"}, false},
 	{"go.yaml.in/yaml/v3", []string{"cmd/internal/config", "policyd/policy"}, false}, // nodes with their lines
+	{"cel.dev/cel-go", []string{"policyd/policy"}, true},
 	{"golang.org/x/net/html", []string{"internal/browse"}, true},
 	{"golang.org/x/net/http/httpproxy", []string{"tunnel/lane"}, true},
 	{"golang.org/x/net/ipv4", []string{"tunnel/h3"}, true},

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"slices"
 	"time"
 
 	"sallyport"
@@ -129,13 +130,16 @@ func (a Answer) Route(t sallyport.Target) (from, carrier string, up sallyport.Up
 	}
 	up = a.route.upstream
 	if up.Host == "" {
-		up.Host, up.Port = t.Host, t.Port
+		up.Host = t.Host
+	}
+	if up.Port == 0 {
+		up.Port = t.Port
 	}
 	return a.route.from, a.route.carrier, up
 }
 
 // Subjects returns whose changes could change the answer: the session with what
-// stands behind it, and the policy.
+// stands behind it, external records that the route's rules look at, and the policy.
 func (a Answer) Subjects(in *Input) []sallyport.Subject {
 	out := make([]sallyport.Subject, 0, 5)
 	if id := in.Request.Session; id != "" {
@@ -148,6 +152,15 @@ func (a Answer) Subjects(in *Input) []sallyport.Subject {
 		if p.Session.Device != "" {
 			out = append(out, sallyport.Subject{Kind: sallyport.SubjectDevice, ID: string(p.Session.Device)})
 		}
+	}
+	if a.route != nil {
+		a.route.each(func(c criterion) {
+			if r, is := c.(*record); is {
+				if s, ok := r.subject(in); ok && !slices.Contains(out, s) {
+					out = append(out, s)
+				}
+			}
+		})
 	}
 	return append(out, sallyport.Subject{Kind: sallyport.SubjectPolicy})
 }
@@ -194,12 +207,15 @@ type Entry struct {
 }
 
 // Each decides every route for in's person, in the order of the configuration,
-// and calls f for those that are not hidden from it. in.Request is overwritten.
+// and calls f for those that are not hidden from it. A route of many targets
+// answers for one of them, which stands for all where rules do not look at the
+// target: its lowest port, a network's first address, a wildcard's suffix.
+// in.Request is overwritten.
 func (s *Set) Each(in *Input, f func(Entry)) {
 	q := *in.Request
 	in.Request = &q
 	for _, r := range s.routes {
-		q.Target = sallyport.Target{Network: r.at.network, Host: r.at.host, Port: r.at.port}
+		q.Target = r.at.sample()
 		in.prepare(&s.site)
 		a := Answer{route: r}
 		a.Verdict, a.rule = r.decide(in)

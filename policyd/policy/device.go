@@ -300,7 +300,8 @@ func (f *fact) note(in *Input, to *Inputs) {
 	}
 	to.Facts[f.name] = nil
 	if got, _, _ := f.lookup(in); got.Source != "" {
-		to.Facts[f.name] = &FactInput{got.Value, got.Source, in.age(&got).Milliseconds()}
+		ms, rest := wholeAge(in.age(&got))
+		to.Facts[f.name] = &FactInput{got.Value, got.Source, ms, rest}
 	}
 }
 

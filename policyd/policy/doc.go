@@ -1,7 +1,7 @@
 // Package policy is the policy language: it reads policies and routes, refuses
 // what could be misread, and answers questions. It is pure: no clock, no I/O, no
-// goroutines. Where records come from, and who asks, is package policyd's
-// business.
+// goroutines but those that Compile waits for. Where records come from, and who
+// asks, is package policyd's business.
 //
 // # Grammar
 //
@@ -28,5 +28,5 @@
 // A row in the table criteria (criterion.go) and a type that implements
 // criterion. Deciding, explaining, listing, what-if and [Set.Replay] all go
 // through it. [Policy.Lint] compares tests of criteria that subjectOf knows
-// (formula.go); others only with themselves.
+// (proof.go); others only with themselves.
 package policy

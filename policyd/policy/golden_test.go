@@ -25,7 +25,7 @@ var noon = time.Date(2026, 6, 1, 12, 0, 0, 0, time.UTC)
 // TestGolden runs testdata/GROUP/*.txtar: one idea each, grouped by criterion. A
 // file has the policy, the askers (one a line, as asker reads them) and what they
 // are told; or why the policy does not load. A section "site" may say hidden and
-// explain_groups.
+// explain_groups. A file with a section "routes" is for runRoutes.
 func TestGolden(t *testing.T) {
 	files, err := filepath.Glob("testdata/*/*.txtar")
 	if err != nil || len(files) == 0 {
@@ -57,7 +57,12 @@ func golden(t *testing.T, file string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got := runGolden(t, section(a, "policy"), section(a, "ask"), section(a, "site"))
+	got := ""
+	if routes := section(a, "routes"); routes != "" {
+		got = runRoutes(t, routes, section(a, "ask"), section(a, "forbidden"))
+	} else {
+		got = runGolden(t, section(a, "policy"), section(a, "ask"), section(a, "site"))
+	}
 	if *update {
 		setSection(a, "want", got)
 		if err := os.WriteFile(file, txtar.Format(a), 0o644); err != nil {

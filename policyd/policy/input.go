@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"math"
 	"slices"
 	"time"
 
@@ -21,16 +22,20 @@ type Input struct {
 	Absent string
 	// Records finds external records; nil: there are none.
 	Records Records
+	// Budget is shared by the questions of a batch, for Remedies; nil: the question
+	// has one of its own.
+	Budget *Budget
 
-	recording *Inputs       // in a replay: all that is known
-	site      *Options      // of the Set that decides
-	reportAge time.Duration // since the posture was received
-	signed    time.Time     // when the device signed it, by its clock
-	until     time.Duration // how long what was looked at stays as it is; 0: for ever
-	peer      bool          // the peer's address was looked at
+	site      *Options       // of the Set that decides
+	reportAge time.Duration  // since the posture was received
+	signed    time.Time      // when the device signed it, by its clock
+	until     time.Duration  // how long what was looked at stays as it is; 0: for ever
+	peer      bool           // the peer's address was looked at
+	recall    map[string]any // what CEL expressions see instead of Person; nil: Person
 }
 
-// Records finds the external records that policies look at.
+// Records finds the external records that policies look at. One that finds records
+// which end by themselves calls [Input.Lasts].
 type Records interface {
 	// External returns the fields of the live record of the type and id.
 	External(typ, id string) (fields map[string]any, ok bool)
@@ -58,12 +63,18 @@ func (in *Input) external(typ, id string) (map[string]any, bool) {
 	return in.Records.External(typ, id)
 }
 
-// age is how old a fact of the person's posture is.
+// age is how old a fact of the person's posture is. A fact that was read in the
+// year 2 is as old as a duration can say: the sum of two ages that both are must
+// not turn into a new one.
 func (in *Input) age(f *sallyport.Fact) time.Duration {
 	if f.At.IsZero() {
 		return in.reportAge
 	}
-	return in.reportAge + max(in.signed.Sub(f.At), 0)
+	before := max(in.signed.Sub(f.At), 0)
+	if before > math.MaxInt64-in.reportAge {
+		return math.MaxInt64
+	}
+	return in.reportAge + before
 }
 
 // Person is a live session and the records behind it.
@@ -116,6 +127,10 @@ func (in *Input) lasts(d time.Duration) {
 		in.until = d
 	}
 }
+
+// Lasts notes for the answer's ValidFor that a record that was just found, or not
+// found, stays so for d; above zero.
+func (in *Input) Lasts(d time.Duration) { in.lasts(d) }
 
 // FactAge is how old a fact of p is at now. Two clocks are at work: between
 // reading the fact and signing the report the device's own, whose error cancels

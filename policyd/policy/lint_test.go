@@ -114,7 +114,7 @@ func drawLintBlock(t *rapid.T, depth int) string {
 
 // Whatever is proven of two criteria holds for everybody, and something is.
 func TestImplicationsAreSound(t *testing.T) {
-	var all []formula
+	var all []statement
 	for _, leaf := range lintLeaves {
 		p, err := Parse([]byte("allow: {and: [{" + leaf + "}]}"))
 		if err != nil {
@@ -150,8 +150,8 @@ func TestImplicationsAreSound(t *testing.T) {
 	}
 }
 
-// value evaluates a formula in the plain way.
-func (f *formula) value(in *Input) Value {
+// value evaluates a statement in the plain way.
+func (f *statement) value(in *Input) Value {
 	least, most := True, False
 	for i := range f.of {
 		v := f.of[i].value(in)

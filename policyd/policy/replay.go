@@ -67,12 +67,9 @@ type Replayed struct {
 // does not tell: a criterion that looks at something else may have any value. For
 // a Set with the same policy it is always certain and the one that was recorded.
 func (s *Set) Replay(from *Recording) Replayed {
-	p := playback{from: from}
-	p.late = from.input(time.Millisecond - 1)
-	p.early = from.input(0)
-	p.late.prepare(&s.site)
-	a := s.Decide(&p.early)
-	anonymous := p.early.Person == nil
+	p := playback{from: from, in: from.input()}
+	a := s.Decide(&p.in)
+	anonymous := p.in.Person == nil
 	if a.asked == nil { // carriers, and targets without a route
 		return Replayed{Certain: true, Verdict: a.Verdict}
 	}
@@ -95,7 +92,7 @@ func (s *Set) Replay(from *Recording) Replayed {
 		out.Rule = r.label(allower)
 	}
 	a.route, a.Verdict = r, out.Verdict
-	out.Reasons = s.reasons(&p.early, a, false, p.knows)
+	out.Reasons = s.reasons(&p.in, a, false, p.knows)
 	return out
 }
 
@@ -113,9 +110,7 @@ func (r *route) shown(v sallyport.Verdict, anonymous bool) sallyport.Verdict {
 // playback evaluates conditions over what a recording tells.
 type playback struct {
 	from *Recording
-	// early and late are the ends of what the recorded ages may have been: they
-	// are whole milliseconds, and a limit need not be.
-	early, late Input
+	in   Input // rebuilt from it
 }
 
 // span is the lowest and the highest value that a condition may have had.
@@ -124,7 +119,10 @@ type span struct{ lo, hi Value }
 func (s span) not() span { return span{s.hi.not(), s.lo.not()} }
 
 func (p *playback) knows(c criterion) bool {
-	return p.early.Person == nil || c.recalled(&p.from.Inputs)
+	if r, ok := c.(*record); ok { // one about the peer needs no person
+		return r.id(&p.in) == "" || c.recalled(&p.from.Inputs)
+	}
+	return p.in.Person == nil || c.recalled(&p.from.Inputs)
 }
 
 func (p *playback) eval(c *condition) span {
@@ -132,8 +130,8 @@ func (p *playback) eval(c *condition) span {
 		if !p.knows(c.is) {
 			return span{False, True}
 		}
-		a, b := c.is.eval(&p.early), c.is.eval(&p.late)
-		return span{min(a, b), max(a, b)}
+		v := c.is.eval(&p.in)
+		return span{v, v}
 	}
 	least, most := span{True, True}, span{False, False}
 	for i := range c.of {
@@ -189,8 +187,6 @@ func (p *playback) missing(r *route) []string {
 			rules[i].when.each(func(c criterion) {
 				if !p.knows(c) {
 					out = append(out, unrecalled(c, &p.from.Inputs)...)
-				} else if c.eval(&p.early) != c.eval(&p.late) {
-					out = append(out, "the exact age of "+c.path())
 				}
 			})
 		}
@@ -218,14 +214,14 @@ func unrecalled(c criterion, from *Inputs) []string {
 	return []string{c.path()}
 }
 
-// input rebuilds what was looked at, with ages that are older by the given time.
-// What CEL expressions looked at stands in Input.recording, by path.
-func (r *Recording) input(older time.Duration) Input {
+// input rebuilds what was looked at.
+func (r *Recording) input() Input {
 	q := r.Request
 	in := Input{
 		Now: r.Inputs.Now, Request: &q, Absent: r.Inputs.Absent,
-		Records: recordedRecords(r.Inputs.Records), recording: &r.Inputs,
+		Records: recordedRecords(r.Inputs.Records),
 	}
+	in.recallValues(&r.Inputs)
 	if r.Who.Session == "" {
 		return in
 	}
@@ -240,16 +236,16 @@ func (r *Recording) input(older time.Duration) Input {
 	if l := r.Inputs.Login; l != nil {
 		in.Person.Login.AuthMethods, in.Person.Session.AuthMethods = l.AuthMethods, l.AuthMethods
 		if l.AgeMS >= 0 {
-			at := now.Add(-time.Duration(l.AgeMS)*time.Millisecond - older)
+			at := now.Add(-ageOf(l.AgeMS, l.RestNS))
 			in.Person.Login.Created, in.Person.Login.Authenticated, in.Person.Session.Created = at, at, at
 		}
 	}
-	r.device(in.Person, older)
+	r.device(in.Person)
 	return in
 }
 
 // device rebuilds the device's record and report.
-func (r *Recording) device(p *Person, older time.Duration) {
+func (r *Recording) device(p *Person) {
 	d := r.Inputs.Device
 	if r.Who.Device == "" || d != nil && d.ID == "" {
 		return
@@ -264,7 +260,7 @@ func (r *Recording) device(p *Person, older time.Duration) {
 	p.Posture = &sallyport.Posture{Device: p.Device.ID, Received: now, Sequence: now.UnixMilli(), Facts: map[string]sallyport.Fact{}}
 	for name, f := range r.Inputs.Facts {
 		if f != nil {
-			at := time.UnixMilli(now.UnixMilli()).Add(-time.Duration(f.AgeMS)*time.Millisecond - older)
+			at := time.UnixMilli(now.UnixMilli()).Add(-ageOf(f.AgeMS, f.RestNS))
 			p.Posture.Facts[name] = sallyport.Fact{Value: f.Value, Source: f.Source, At: at}
 		}
 	}

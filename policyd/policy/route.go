@@ -1,18 +1,19 @@
 package policy
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
-	"math"
-	"net/netip"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"sallyport"
 	"sallyport/internal/fault"
-	"sallyport/internal/localhost"
 )
 
 // Options are the site's settings that decisions need.
@@ -27,6 +28,9 @@ type Options struct {
 	Forbidden []string
 	// ExplainGroups lets explanations name groups and claims.
 	ExplainGroups bool
+	// Known are policies that need not be read again, by their text: those of the
+	// Set before, as its Policies returns them.
+	Known map[string]*Policy
 }
 
 func (o Options) withDefaults() Options {
@@ -42,25 +46,18 @@ func (o Options) withDefaults() Options {
 // Set is the compiled routes of a site: immutable, safe for any number of
 // goroutines.
 type Set struct {
-	site   Options
-	routes []*route // in the order of the configuration
-	exact  map[spot]*route
-	wild   map[spot]*route // by what stands behind "*."
-}
-
-// spot is what a route listens for.
-type spot struct {
-	network sallyport.Network
-	host    string
-	port    uint16
+	site     Options
+	routes   []*route // in the order of the configuration
+	index    *index
+	policies map[string]*Policy // by text
 }
 
 type route struct {
+	number              int // in the configuration, from 0
 	from, name, carrier string
 	hidden              bool
-	at                  spot
-	wildcard            bool
-	upstream            sallyport.Upstream // zero Host: the asked-for name
+	at                  pattern
+	upstream            sallyport.Upstream // zero Host, Port: the asked-for one
 	policy              *Policy
 }
 
@@ -68,74 +65,179 @@ type route struct {
 // fault.List with every fault, under keys like "routes[2].from"; faults in a
 // policy start with line:column within its text.
 //
-// A target is decided by the one route that names it most exactly: its own host
-// and port, else the longest "*." suffix with its port, at any depth. Two routes
-// for the same place are a fault that names both.
+// A target is decided by the one route that names it most exactly: its own host,
+// else the longest "*." suffix (at any depth) or the longest prefix of its
+// address; among routes of one host the narrowest range that has the port. A
+// route that does not name the port does not count, however exact its host is.
+// Two routes that are equally exact for some target are a fault that names both.
 func Compile(routes []sallyport.Route, opts Options) (*Set, error) {
-	s := &Set{
-		site:  opts.withDefaults(),
-		exact: make(map[spot]*route, len(routes)),
-		wild:  make(map[spot]*route),
-	}
+	s := &Set{site: opts.withDefaults(), routes: make([]*route, len(routes))}
+	s.site.Known = nil // not to keep every configuration that there ever was
 	var faults fault.List
-	barred := parseForbidden(opts.Forbidden, &faults)
-	c := compiler{set: s, barred: barred, faults: &faults, first: map[spot]int{}, wildFirst: map[spot]int{}, names: map[string]int{}, policies: map[string]*Policy{}}
+	c := compiler{set: s, barred: parseForbidden(opts.Forbidden, &faults), faults: make([]fault.List, len(routes))}
 	for i := range routes {
-		c.route(i, &routes[i])
+		s.routes[i] = c.route(i, &routes[i])
 	}
-	if err := faults.Err(); err != nil {
+	c.index()
+	names := map[string]int{}
+	for i := range routes {
+		c.upstream(i, routes[i].To)
+		c.carrier(i)
+		c.name(i, names)
+	}
+	c.policies(routes, opts.Known)
+	if err := append(faults, slices.Concat(c.faults...)...).Err(); err != nil {
 		return nil, err
 	}
 	return s, nil
 }
 
+// compiler collects faults by route, so that they come in the order of the
+// configuration whichever is found first.
 type compiler struct {
-	set              *Set
-	barred           []barredAddress
-	faults           *fault.List
-	first, wildFirst map[spot]int       // which route named the place first
-	names            map[string]int     // … and took the name
-	policies         map[string]*Policy // by text
+	set    *Set
+	barred []barredAddress
+	faults []fault.List
 }
 
-func (c *compiler) route(i int, in *sallyport.Route) {
-	key := fmt.Sprintf("routes[%d]", i)
-	r := &route{from: in.From, name: in.Name, hidden: in.Hidden, carrier: in.Carrier}
-	target, wildcard, err := parseFrom(in.From)
-	if err != nil {
-		c.faults.Addf(key+".from", "%v", err)
-	} else {
-		r.at, r.wildcard = spot{target.Network, target.Host, target.Port}, wildcard
-		c.index(i, key, r)
-		if r.upstream, err = c.upstream(target, wildcard, in.To); err != nil {
-			field := key + ".to"
-			if in.To == "" {
-				field = key + ".from"
+func (c *compiler) fail(i int, field, format string, args ...any) {
+	c.faults[i].Addf(fmt.Sprintf("routes[%d].%s", i, field), format, args...)
+}
+
+func (c *compiler) route(i int, in *sallyport.Route) *route {
+	r := &route{number: i, from: in.From, name: in.Name, hidden: in.Hidden, carrier: in.Carrier}
+	var err error
+	if r.at, err = parseFrom(in.From); err != nil {
+		r.at = pattern{}
+		c.fail(i, "from", "%v", err)
+	}
+	return r
+}
+
+// index refuses routes of which none is more specific than the other.
+func (c *compiler) index() {
+	named := slices.Clone(c.set.routes)
+	named = slices.DeleteFunc(named, func(r *route) bool { return r.at == pattern{} })
+	x, clashes := newIndex(named)
+	slices.SortFunc(clashes, func(a, b clash) int {
+		return cmp.Or(cmp.Compare(a.a.number, b.a.number), cmp.Compare(a.at.first, b.at.first))
+	})
+	for _, k := range clashes {
+		if k.a.at.ports == k.b.at.ports {
+			c.fail(k.b.number, "from", "%s stands here and in routes[%d].from; one of them would never be asked", k.b.from, k.a.number)
+			continue
+		}
+		c.fail(k.b.number, "from", "%s and routes[%d].from, %s, are equally specific for %s; give that to one of them alone",
+			k.b.from, k.a.number, k.a.from, portWords(k.at))
+	}
+	c.set.index = x
+}
+
+func portWords(p ports) string {
+	if p.width() == 0 {
+		return "port " + p.String()
+	}
+	return "ports " + p.String()
+}
+
+// upstream reads a route's to and refuses what must never be dialled.
+func (c *compiler) upstream(i int, to string) {
+	r := c.set.routes[i]
+	if r.at == (pattern{}) {
+		return
+	}
+	up, span, err := destination(r.at, to)
+	if err == nil {
+		err = dialable(up, span, c.barred)
+	}
+	switch {
+	case err != nil && to == "":
+		c.fail(i, "from", "%v", err)
+	case err != nil:
+		c.fail(i, "to", "%v", err)
+	}
+	r.upstream = up
+}
+
+func (c *compiler) carrier(i int) {
+	if word := c.set.routes[i].carrier; word != "" && word != "bulk" {
+		c.fail(i, "carrier", "unknown carrier %q; write bulk or leave it out", word)
+	}
+}
+
+// name notes which route took a name first.
+func (c *compiler) name(i int, first map[string]int) {
+	name := c.set.routes[i].name
+	if name == "" {
+		return
+	}
+	if strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r == ':' || r == '/' || r >= 0x7F }) {
+		c.fail(i, "name", "%q has a blank, a colon, a slash or a character that is not ASCII", name)
+		return
+	}
+	if j, taken := first[name]; taken {
+		c.fail(i, "name", "%q is the name of routes[%d] too", name, j)
+		return
+	}
+	first[name] = i
+}
+
+// policies gives each route its policy; routes with the same text share one.
+func (c *compiler) policies(routes []sallyport.Route, known map[string]*Policy) {
+	c.set.policies = make(map[string]*Policy, len(routes))
+	var unread []string
+	for i := range routes {
+		text := routes[i].Policy
+		if _, met := c.set.policies[text]; !met {
+			if c.set.policies[text] = known[text]; known[text] == nil {
+				unread = append(unread, text)
 			}
-			c.faults.Addf(field, "%v", err)
 		}
 	}
-	if in.Carrier != "" && in.Carrier != "bulk" {
-		c.faults.Addf(key+".carrier", "unknown carrier %q; write bulk or leave it out", in.Carrier)
-	}
-	c.name(i, key, in.Name)
-	if r.policy = c.policies[in.Policy]; r.policy == nil {
-		if r.policy, err = Parse([]byte(in.Policy)); err != nil {
-			c.refuse(key, err)
-			return
+	refused := map[string]error{}
+	for i, r := range parseAll(unread) {
+		c.set.policies[unread[i]] = r.policy
+		if r.err != nil {
+			refused[unread[i]] = r.err
 		}
-		c.policies[in.Policy] = r.policy
 	}
-	c.set.routes = append(c.set.routes, r)
+	for i := range routes {
+		c.set.routes[i].policy = c.set.policies[routes[i].Policy]
+		var errs Errors
+		errors.As(refused[routes[i].Policy], &errs) // Parse promises them
+		for _, e := range errs {
+			c.fail(i, "policy", "%v", e)
+		}
+	}
 }
 
-func (c *compiler) refuse(key string, err error) {
-	var errs Errors
-	errors.As(err, &errs) // Parse promises them
-	for _, e := range errs {
-		c.faults.Addf(key+".policy", "%v", e)
-	}
+type parsed struct {
+	policy *Policy
+	err    error
 }
+
+// parseAll reads texts on every processor: reading them is what a configuration
+// with many routes waits for.
+func parseAll(texts []string) []parsed {
+	out := make([]parsed, len(texts))
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range min(runtime.GOMAXPROCS(0), len(texts)) {
+		wg.Go(func() {
+			for i := int(next.Add(1)) - 1; i < len(texts); i = int(next.Add(1)) - 1 {
+				out[i].policy, out[i].err = Parse([]byte(texts[i]))
+			}
+		})
+	}
+	wg.Wait()
+	return out
+}
+
+// Policies are the policies of the routes by their text, for Options.Known.
+func (s *Set) Policies() map[string]*Policy { return s.policies }
+
+// lookup finds the route that decides t, or nil.
+func (s *Set) lookup(t sallyport.Target) *route { return s.index.find(t) }
 
 // label is the rule's name to people, "ROUTE#N" if it has none.
 func (r *route) label(ru *rule) string {
@@ -146,156 +248,6 @@ func (r *route) label(ru *rule) string {
 		return ru.name
 	}
 	return r.from + "#" + strconv.Itoa(ru.number)
-}
-
-func (c *compiler) index(i int, key string, r *route) {
-	table, first := c.set.exact, c.first
-	if r.wildcard {
-		table, first = c.set.wild, c.wildFirst
-	}
-	if j, taken := first[r.at]; taken {
-		c.faults.Addf(key+".from", "%s stands here and in routes[%d].from; one of them would never be asked", r.from, j)
-		return
-	}
-	first[r.at], table[r.at] = i, r
-}
-
-func (c *compiler) name(i int, key, name string) {
-	if name == "" {
-		return
-	}
-	if strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r == ':' || r == '/' || r >= 0x7F }) {
-		c.faults.Addf(key+".name", "%q has a blank, a colon, a slash or a character that is not ASCII", name)
-		return
-	}
-	if j, taken := c.names[name]; taken {
-		c.faults.Addf(key+".name", "%q is the name of routes[%d] too", name, j)
-		return
-	}
-	c.names[name] = i
-}
-
-// parseFrom reads a route's from: a target with scheme, or one whose host
-// starts with "*."; then target.Host is what stands behind that.
-func parseFrom(s string) (target sallyport.Target, wildcard bool, err error) {
-	scheme, rest, ok := strings.Cut(s, "://")
-	if !ok {
-		return target, false, fmt.Errorf("%.80q has no scheme; write tcp://HOST:PORT", s)
-	}
-	if strings.ContainsAny(rest, "/?#@") {
-		return target, false, fmt.Errorf("%.80q: only scheme, host and port are allowed here", s)
-	}
-	rest, wildcard = strings.CutPrefix(rest, "*.")
-	target, err = sallyport.ParseTarget(scheme + "://" + rest)
-	if err == nil && wildcard {
-		if _, isAddress := target.Addr(); isAddress {
-			err = fmt.Errorf("%.80q: a wildcard stands before a name, not before an address", s)
-		}
-	}
-	return target, wildcard, err
-}
-
-// upstream reads a route's to and refuses what must never be dialled.
-func (c *compiler) upstream(from sallyport.Target, wildcard bool, to string) (sallyport.Upstream, error) {
-	if to == "" {
-		if wildcard {
-			return sallyport.Upstream{Network: from.Network}, nil // checked when dialled
-		}
-		_, literal := from.Addr()
-		return sallyport.Upstream{Network: from.Network, Host: from.Host, Port: from.Port, Literal: literal},
-			c.dialable(from)
-	}
-	if !strings.Contains(to, "://") || strings.ContainsAny(strings.SplitN(to, "://", 2)[1], "/?#@*") {
-		return sallyport.Upstream{}, fmt.Errorf("%.80q: write scheme://HOST:PORT", to)
-	}
-	target, err := sallyport.ParseTarget(to)
-	if err != nil {
-		return sallyport.Upstream{}, err
-	}
-	if !carries(from.Network, target.Network) {
-		return sallyport.Upstream{}, fmt.Errorf("a %s route cannot lead to %s", from.Network, target.Network)
-	}
-	_, literal := target.Addr()
-	return sallyport.Upstream{Network: target.Network, Host: target.Host, Port: target.Port, Literal: literal}, c.dialable(target)
-}
-
-func carries(from, to sallyport.Network) bool {
-	web := func(n sallyport.Network) bool { return n == sallyport.HTTP || n == sallyport.HTTPS }
-	return from == to || web(from) && web(to)
-}
-
-// barredAddress is an address that no route may lead to.
-type barredAddress struct {
-	text string // as configured
-	host string // canonical; empty: every address of this machine
-	port uint16
-}
-
-func parseForbidden(list []string, faults *fault.List) []barredAddress {
-	var out []barredAddress
-	for i, s := range list {
-		host, port, ok := splitLast(s)
-		if host == "" || host == "0.0.0.0" || host == "[::]" {
-			host = "0.0.0.0"
-		}
-		t, err := sallyport.ParseAuthority(sallyport.TCP, host+":"+port)
-		if !ok || err != nil {
-			faults.Addf(fmt.Sprintf("forbidden[%d]", i), "%.80q is no host:port", s)
-			continue
-		}
-		if t.Host == "0.0.0.0" {
-			t.Host = ""
-		}
-		out = append(out, barredAddress{s, t.Host, t.Port})
-	}
-	return out
-}
-
-func splitLast(s string) (host, port string, ok bool) {
-	i := strings.LastIndexByte(s, ':')
-	if i < 0 {
-		return s, "", false
-	}
-	return s[:i], s[i+1:], true
-}
-
-// metadata are the addresses at which clouds hand out machine credentials.
-var metadata = []netip.Addr{
-	netip.MustParseAddr("169.254.169.254"), netip.MustParseAddr("fd00:ec2::254"), netip.MustParseAddr("100.100.100.200"),
-}
-
-// dialable refuses targets that no gateway may dial. Names are checked again
-// after resolution, by the gateway.
-func (c *compiler) dialable(t sallyport.Target) error {
-	addr, literal := t.Addr()
-	switch {
-	case literal && slices.Contains(metadata, addr), t.Host == "metadata.google.internal":
-		return fmt.Errorf("%s is the cloud's metadata service", t.Authority())
-	case literal && (addr.IsLinkLocalUnicast() || addr.IsMulticast() || addr.IsUnspecified() || addr == netip.AddrFrom4([4]byte{255, 255, 255, 255})):
-		return fmt.Errorf("%s is a link-local, multicast or unspecified address", t.Authority())
-	case !literal && localhost.Is(t.Host) && !c.isBarred(t):
-		return fmt.Errorf("%s is this machine by name; write the address (127.0.0.1:%d) if that is meant", t.Authority(), t.Port)
-	}
-	for _, b := range c.barred {
-		if b.covers(t, addr, literal) {
-			return fmt.Errorf("%s is one of Sallyport's own listeners (%s)", t.Authority(), b.text)
-		}
-	}
-	return nil
-}
-
-func (c *compiler) isBarred(t sallyport.Target) bool {
-	return slices.ContainsFunc(c.barred, func(b barredAddress) bool { return b.covers(t, netip.Addr{}, false) })
-}
-
-func (b barredAddress) covers(t sallyport.Target, addr netip.Addr, literal bool) bool {
-	if t.Port != b.port {
-		return false
-	}
-	if b.host == "" {
-		return literal && addr.IsLoopback()
-	}
-	return t.Host == b.host
 }
 
 // ShortestAge is the shortest time for which some rule lets a fact count: how
@@ -326,26 +278,4 @@ func (r *route) eachWatched(f func(criterion)) {
 	for i := range r.policy.observed {
 		r.policy.observed[i].when.each(f)
 	}
-}
-
-// lookup finds the route that decides t, or nil.
-func (s *Set) lookup(t sallyport.Target) *route {
-	if r := s.exact[spot{t.Network, t.Host, t.Port}]; r != nil {
-		return r
-	}
-	if len(s.wild) == 0 {
-		return nil
-	}
-	host := t.Host
-	for range math.MaxUint8 { // a name has at most 127 labels
-		_, rest, ok := strings.Cut(host, ".")
-		if !ok {
-			return nil
-		}
-		if r := s.wild[spot{t.Network, rest, t.Port}]; r != nil {
-			return r
-		}
-		host = rest
-	}
-	return nil
 }

@@ -30,8 +30,9 @@ const (
 	Pulse = time.Second
 	// Silence is after how long without a word a receiver gives a stream up.
 	Silence = 3 * time.Second
-	// MaxMessage bounds one message, in bytes. A batch of operations must fit.
-	MaxMessage = 16 << 20
+	// MaxMessage bounds one message, in bytes. A batch of operations must fit:
+	// cached.MaxBatch, and what is said about the payloads.
+	MaxMessage = 33 << 20
 )
 
 // Flow-control windows (RFC 9113, section 5.2), in bytes. They are fixed:

@@ -7,15 +7,14 @@ package config
 
 import (
 	"errors"
-	"fmt"
 	"net"
 	"net/url"
 	"os"
 	"path/filepath"
 	"reflect"
+	"runtime"
+	"slices"
 	"time"
-
-	"go.yaml.in/yaml/v3"
 
 	"sallyport"
 	"sallyport/authd"
@@ -112,18 +111,27 @@ type Connect struct {
 
 // Route is one entry of routes.
 type Route struct {
-	// From is what people ask for: tcp://db.internal:5432, tcp://*.svc.internal:22.
+	// From is what people ask for: tcp://db.internal:5432, tcp://*.svc.internal:22,
+	// tcp://10.0.0.0/8:22, tcp://[2001:db8::/32]:22, tcp://db.internal:5000-5010.
 	From string `yaml:"from"`
-	// To is what the gateway dials; empty: the name that was asked for.
+	// To is what the gateway dials; empty: the host that was asked for.
 	To string `yaml:"to"`
 	// Name is a short name that people may type instead.
 	Name string `yaml:"name"`
 	// Policy is the policy (docs/policy.md).
-	Policy yaml.Node `yaml:"policy"`
+	Policy Policy `yaml:"policy"`
 	// Hidden routes answer those they do not allow as if they did not exist.
 	Hidden bool `yaml:"hidden"`
 	// Carrier is bulk to prefer one TLS connection for each flow; empty: any.
 	Carrier string `yaml:"carrier"`
+}
+
+// Policy is the policy of a route. It was checked when the file was read.
+type Policy struct {
+	// Text is what stands in the file, on one line and without comments.
+	Text string
+	// Parsed has the file's lines and columns.
+	Parsed *policy.Policy
 }
 
 // Who reads a file besides the daemons.
@@ -147,24 +155,17 @@ func Load(path, reader string) (*File, error) {
 	return parse(path, text, reader)
 }
 
-// IsFile reports whether text is a configuration, and not a policy alone.
-func IsFile(text []byte) bool {
-	var doc yaml.Node
-	if err := yaml.Unmarshal(text, &doc); err != nil || len(doc.Content) != 1 || doc.Content[0].Kind != yaml.MappingNode {
-		return false // what is no YAML is for the policy's parser to refuse
-	}
-	for i, n := range doc.Content[0].Content {
-		if i%2 == 0 && (n.Value == "routes" || n.Value == "data_dir" || n.Value == "domain") {
-			return true
-		}
-	}
-	return false
-}
+func newFile(path string) *File { return &File{path: path, present: map[string]bool{}} }
 
 func parse(path string, text []byte, reader string) (*File, error) {
-	f := &File{path: path, present: map[string]bool{}}
-	d := newDecoder(path)
-	d.decode(text, f)
+	d, f, ok := (*decoder)(nil), (*File)(nil), false
+	if len(text) >= worthCutting {
+		d, f, ok = inPieces(path, text, 4*runtime.GOMAXPROCS(0))
+	}
+	if !ok {
+		d, f = newDecoder(path), newFile(path)
+		d.decode(text, f)
+	}
 	if len(d.lines) > 1 { // else there is no mapping, and nothing more to say
 		f.settle(d)
 		f.check(d, reader)
@@ -284,18 +285,15 @@ func (a Admin) validate() fault.List {
 	return l
 }
 
-// checkRoutes reads every policy where it stands, then compiles all routes
-// together as policyd will.
+// checkRoutes compiles all routes together as policyd will.
 func (f *File) checkRoutes(d *decoder, l *fault.List) {
 	for i, r := range f.Routes {
 		key := index("routes", i)
 		switch {
 		case r.From == "":
 			l.Addf(key+".from", "is required, for example tcp://db.internal:5432")
-		case r.Policy.IsZero():
+		case r.Policy.Text == "":
 			l.Addf(key+".policy", "is required: a route without a policy would be open to nobody")
-		default:
-			f.checkPolicy(d, key+".policy", &r.Policy)
 		}
 	}
 	if len(*l) > 0 || len(d.problems) > 0 {
@@ -304,31 +302,26 @@ func (f *File) checkRoutes(d *decoder, l *fault.List) {
 	f.compile(l)
 }
 
-func (f *File) checkPolicy(d *decoder, key string, n *yaml.Node) {
-	if d.isBad(key) {
-		return
-	}
-	_, err := policy.ParseNode(n)
-	var faults policy.Errors
-	if !errors.As(err, &faults) {
-		return
-	}
-	for _, e := range faults {
-		d.fault(e.Line, key, "%s", e.Message)
-		d.problems[len(d.problems)-1].Column = e.Column
-	}
-}
-
 // compile lets policyd's own compiler say what is wrong with the routes taken
 // together: two for one place, destinations that no gateway may dial.
 func (f *File) compile(l *fault.List) {
 	r := f.Record(nil, f.publicHosts(), time.Time{})
+	known := make(map[string]*policy.Policy, len(f.Routes))
+	for _, route := range f.Routes {
+		known[route.Policy.Text] = route.Policy.Parsed
+	}
 	_, err := policy.Compile(r.Routes, policy.Options{
-		Sources: r.PostureSources, TTL: r.PostureTTL, Forbidden: r.Forbidden, ExplainGroups: r.ExplainGroups,
+		Sources: r.PostureSources, TTL: r.PostureTTL, Forbidden: r.Forbidden, ExplainGroups: r.ExplainGroups, Known: known,
 	})
 	var faults fault.List
 	if errors.As(err, &faults) {
 		*l = append(*l, faults...)
+		return
+	}
+	// A record that cached would refuse is refused here, where it is to be changed.
+	if size := sizeOf(r); size > cached.MaxPayload {
+		l.Addf("routes", "make a record of %d bytes, and %d are the most; say more with fewer words: wildcards, networks, groups",
+			size, cached.MaxPayload)
 	}
 }
 
@@ -404,7 +397,7 @@ func fixedKeys(key string, a, b reflect.Value) []string {
 			return nil
 		}
 	}
-	if a.Kind() != reflect.Struct || a.Type() == nodeType {
+	if a.Kind() != reflect.Struct || a.Type() == policyType {
 		if reflect.DeepEqual(a.Interface(), b.Interface()) {
 			return nil
 		}
@@ -418,21 +411,9 @@ func fixedKeys(key string, a, b reflect.Value) []string {
 }
 
 func sameRoutes(a, b []Route) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	for i := range a {
-		if routeOf(a[i]) != routeOf(b[i]) {
-			return false
-		}
-	}
-	return true
+	return slices.EqualFunc(a, b, func(x, y Route) bool { return routeOf(x) == routeOf(y) })
 }
 
 func routeOf(r Route) sallyport.Route {
-	text, err := yaml.Marshal(&r.Policy)
-	if err != nil {
-		text = fmt.Appendf(nil, "unreadable: %v", err)
-	}
-	return sallyport.Route{From: r.From, To: r.To, Name: r.Name, Policy: string(text), Hidden: r.Hidden, Carrier: r.Carrier}
+	return sallyport.Route{From: r.From, To: r.To, Name: r.Name, Policy: r.Policy.Text, Hidden: r.Hidden, Carrier: r.Carrier}
 }

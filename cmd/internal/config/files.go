@@ -27,7 +27,7 @@ func (d *decoder) files(v reflect.Value, key, dir string) {
 			d.files(v.Index(i), index(key, i), dir)
 		}
 	case reflect.Struct:
-		if v.Type() == nodeType {
+		if v.Type() == policyType {
 			return
 		}
 		names := map[string]reflect.Value{}

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"sallyport"
+	"sallyport/cached"
 )
 
 // Record returns the configuration record that the file stands for: routes and
@@ -34,6 +35,19 @@ func (f *File) Record(gateways []sallyport.GatewayInfo, own []string, now time.T
 		Applied:        now.UTC(),
 		Source:         f.path,
 	}
+}
+
+// sizeOf returns how large the record of c is, in bytes; 0: small.
+func sizeOf(c sallyport.Config) int {
+	const worst = 6 // bytes of JSON for a byte of text
+	text := 0
+	for _, r := range c.Routes {
+		text += len(r.Policy) + len(r.From) + len(r.To) + len(r.Name)
+	}
+	if worst*(text+100*len(c.Routes)) < cached.MaxPayload {
+		return 0
+	}
+	return len(sallyport.Put(sallyport.KindConfig, currentConfig, c).Payload)
 }
 
 // forbidden lists what the file says that our own processes listen on. An
@@ -130,6 +144,10 @@ const currentConfig = "current"
 
 // same compares what two configurations mean, not where they came from.
 func same(a, b sallyport.Config) bool {
+	if !slices.Equal(a.Routes, b.Routes) { // nearly all of it
+		return false
+	}
+	a.Routes, b.Routes = nil, nil
 	a.Applied, a.Source, b.Applied, b.Source = time.Time{}, "", time.Time{}, ""
 	x, errX := json.Marshal(a)
 	y, errY := json.Marshal(b)

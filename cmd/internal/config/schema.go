@@ -18,7 +18,7 @@ func schemaOf(t reflect.Type) map[string]any {
 		t = t.Elem()
 	}
 	switch {
-	case t == nodeType:
+	case t == policyType:
 		return map[string]any{}
 	case t == durationType:
 		return map[string]any{"anyOf": []any{

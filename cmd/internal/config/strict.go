@@ -15,6 +15,8 @@ import (
 	"unicode"
 
 	"go.yaml.in/yaml/v3"
+
+	"sallyport/policyd/policy"
 )
 
 const (
@@ -149,7 +151,7 @@ func (d *decoder) syntax(err error) {
 }
 
 var (
-	nodeType        = reflect.TypeFor[yaml.Node]()
+	policyType      = reflect.TypeFor[Policy]()
 	durationType    = reflect.TypeFor[time.Duration]()
 	textUnmarshaler = reflect.TypeFor[encoding.TextUnmarshaler]()
 )
@@ -165,8 +167,8 @@ func (d *decoder) value(n *yaml.Node, v reflect.Value, key string, depth int) {
 		v = v.Elem()
 	}
 	switch t := v.Type(); {
-	case t == nodeType: // whoever takes a node reads it as strictly itself
-		v.Set(reflect.ValueOf(*n))
+	case t == policyType:
+		d.policy(n, v, key)
 	case t == durationType:
 		d.duration(n, v, key)
 	case reflect.PointerTo(t).Implements(textUnmarshaler):
@@ -243,6 +245,34 @@ func (d *decoder) pairs(n *yaml.Node, key string) func(yield func(string, *yaml.
 			}
 		}
 	}
+}
+
+// IsFile reports whether text is a configuration, and not a policy alone.
+func IsFile(text []byte) bool {
+	var doc yaml.Node
+	if err := yaml.Unmarshal(text, &doc); err != nil || len(doc.Content) != 1 || doc.Content[0].Kind != yaml.MappingNode {
+		return false // what is no YAML is for the policy's parser to refuse
+	}
+	for i, n := range doc.Content[0].Content {
+		if i%2 == 0 && (n.Value == "routes" || n.Value == "data_dir" || n.Value == "domain") {
+			return true
+		}
+	}
+	return false
+}
+
+// policy reads a policy, which is as strict itself. The tree of nodes is not kept:
+// it is by far the largest thing that reading a file makes.
+func (d *decoder) policy(n *yaml.Node, v reflect.Value, key string) {
+	parsed, err := policy.ParseNode(n)
+	var faults policy.Errors
+	if errors.As(err, &faults) {
+		for _, e := range faults {
+			d.fault(e.Line, key, "%s", e.Message)
+			d.problems[len(d.problems)-1].Column = e.Column
+		}
+	}
+	v.Set(reflect.ValueOf(Policy{policy.Text(n), parsed}))
 }
 
 func (d *decoder) structure(n *yaml.Node, v reflect.Value, key string, depth int) {

@@ -14,7 +14,6 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/rogpeppe/go-internal/txtar"
-	"go.yaml.in/yaml/v3"
 )
 
 var update = flag.Bool("update", false, "write golden files anew")
@@ -31,7 +30,7 @@ type sample struct {
 	Tags    []string       `yaml:"tags"`
 	Labels  map[string]int `yaml:"labels"`
 	Free    any            `yaml:"free"`
-	Policy  yaml.Node      `yaml:"policy"`
+	Policy  Policy         `yaml:"policy"`
 	Inner   inner          `yaml:"inner"`
 	Pointer *inner         `yaml:"pointer"`
 	List    []inner        `yaml:"list"`

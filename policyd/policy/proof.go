@@ -5,11 +5,11 @@ import (
 	"slices"
 )
 
-// formula is a condition whose negations stand before single tests only. An and
+// statement is a condition whose negations stand before single tests only. An and
 // of nothing is true, an or of nothing is false.
-type formula struct {
+type statement struct {
 	op operator // and, or; leaf: a proposition
-	of []formula
+	of []statement
 	is proposition
 	at place
 }
@@ -59,10 +59,10 @@ func subjectOf(c criterion) (subject, []test) {
 	return subject{}, nil
 }
 
-// normal returns c, or its opposite, as a formula that always has the same value.
-func normal(c *condition, negate bool) formula {
+// normal returns c, or its opposite, as a statement that always has the same value.
+func normal(c *condition, negate bool) statement {
 	if c.op == leaf {
-		f := criterionFormula(c.is, negate)
+		f := criterionStatement(c.is, negate)
 		f.at = c.at
 		return f
 	}
@@ -70,7 +70,7 @@ func normal(c *condition, negate bool) formula {
 	if c.op == not || c.op == nor {
 		negate = !negate
 	}
-	f := formula{op: or, at: c.at}
+	f := statement{op: or, at: c.at}
 	if all != negate { // the opposite of all is some opposite
 		f.op = and
 	}
@@ -80,18 +80,18 @@ func normal(c *condition, negate bool) formula {
 	return f
 }
 
-func criterionFormula(c criterion, negate bool) formula {
+func criterionStatement(c criterion, negate bool) statement {
 	if k, ok := c.(constant); ok {
 		if (Value(k) == True) != negate {
-			return formula{op: and}
+			return statement{op: and}
 		}
-		return formula{op: or}
+		return statement{op: or}
 	}
 	about, tests := subjectOf(c)
 	if len(tests) == 0 {
-		return formula{is: proposition{is: c, negated: negate}}
+		return statement{is: proposition{is: c, negated: negate}}
 	}
-	f := formula{op: and}
+	f := statement{op: and}
 	if negate {
 		f.op = or
 	}
@@ -100,7 +100,7 @@ func criterionFormula(c criterion, negate bool) formula {
 		if negate {
 			a = a.opposite()
 		}
-		f.of = append(f.of, formula{is: a.simple()})
+		f.of = append(f.of, statement{is: a.simple()})
 	}
 	if len(f.of) == 1 {
 		return f.of[0]
@@ -166,23 +166,23 @@ const (
 	ofValues
 )
 
-// prover compares formulas within a number of steps; when they are used up it
+// prover compares statements within a number of steps; when they are used up it
 // proves nothing more.
 type prover struct{ steps int }
 
 // implies reports whether it can show that a implies b. It never says so
 // wrongly; it may fail to see it.
-func (p *prover) implies(a, b *formula, s sound) bool {
+func (p *prover) implies(a, b *statement, s sound) bool {
 	if p.steps--; p.steps < 0 {
 		return false
 	}
-	each := func(x formula) bool { return p.implies(&x, b, s) }
-	toEach := func(x formula) bool { return p.implies(a, &x, s) }
+	each := func(x statement) bool { return p.implies(&x, b, s) }
+	toEach := func(x statement) bool { return p.implies(a, &x, s) }
 	switch {
 	case a.op == or:
-		return !slices.ContainsFunc(a.of, func(x formula) bool { return !each(x) })
+		return !slices.ContainsFunc(a.of, func(x statement) bool { return !each(x) })
 	case b.op == and:
-		return !slices.ContainsFunc(b.of, func(x formula) bool { return !toEach(x) })
+		return !slices.ContainsFunc(b.of, func(x statement) bool { return !toEach(x) })
 	case a.op == and && slices.ContainsFunc(a.of, each):
 		return true
 	case b.op == or:
