@@ -401,7 +401,11 @@ func (r celRef) record(in *Input) any {
 
 // recallValues makes expressions see what from recorded of the person, instead
 // of in.Person: only what they refer to is known then.
-func (in *Input) recallValues(from *Inputs) { in.recall = from.Values }
+func (in *Input) recallValues(from *Inputs) {
+	if in.recall = from.Values; in.recall == nil {
+		in.recall = map[string]any{}
+	}
+}
 
 // recallField returns a field as it was recorded.
 func (in *Input) recallField(at celRef, is *cel.Type) ref.Val {

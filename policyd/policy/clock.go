@@ -490,9 +490,6 @@ func (c *date) eval(in *Input) Value {
 
 func (c *date) path() string { return "date" }
 
-// ends implements ender.
-func (c *date) ends() time.Time { return c.before }
-
 func (c *date) wanted(bool) string {
 	return between(!c.after.IsZero(), !c.before.IsZero(), c.words(c.after), c.words(c.before))
 }

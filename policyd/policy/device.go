@@ -300,8 +300,7 @@ func (f *fact) note(in *Input, to *Inputs) {
 	}
 	to.Facts[f.name] = nil
 	if got, _, _ := f.lookup(in); got.Source != "" {
-		ms, rest := wholeAge(in.age(&got))
-		to.Facts[f.name] = &FactInput{got.Value, got.Source, ms, rest}
+		to.Facts[f.name] = &FactInput{got.Value, got.Source, in.age(&got)}
 	}
 }
 

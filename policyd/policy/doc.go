@@ -28,5 +28,5 @@
 // A row in the table criteria (criterion.go) and a type that implements
 // criterion. Deciding, explaining, listing, what-if and [Set.Replay] all go
 // through it. [Policy.Lint] compares tests of criteria that subjectOf knows
-// (proof.go); others only with themselves.
+// (formula.go); others only with themselves.
 package policy

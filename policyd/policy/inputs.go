@@ -40,26 +40,13 @@ type DeviceInput struct {
 
 // FactInput is a fact as it was looked at.
 type FactInput struct {
-	Value  any    `json:"value"`
-	Source string `json:"source"`
-	AgeMS  int64  `json:"age_ms"`
-	// RestNS is what AgeMS leaves, or a fact at the limit of its age could be
-	// decided otherwise from the log than it was.
-	RestNS int64 `json:"rest_ns,omitempty"`
+	Value  any           `json:"value"`
+	Source string        `json:"source"`
+	Age    time.Duration `json:"age"` // nanoseconds
 }
 
 // LoginInput is how, and how long ago, the person logged in.
 type LoginInput struct {
-	AgeMS       int64    `json:"age_ms"`            // below zero: not known
-	RestNS      int64    `json:"rest_ns,omitempty"` // as in FactInput
-	AuthMethods []string `json:"auth_methods,omitempty"`
-}
-
-// wholeAge splits an age as the log keeps it; ageOf puts it together again.
-func wholeAge(age time.Duration) (ms, rest int64) {
-	return age.Milliseconds(), int64(age % time.Millisecond)
-}
-
-func ageOf(ms, rest int64) time.Duration {
-	return time.Duration(ms)*time.Millisecond + time.Duration(rest)
+	Age         time.Duration `json:"age"` // nanoseconds; below zero: not known
+	AuthMethods []string      `json:"auth_methods,omitempty"`
 }

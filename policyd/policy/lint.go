@@ -98,7 +98,7 @@ func (r *rule) label() string {
 
 // rules looks for rules of one action that cannot matter.
 func (l *linter) rules(rules []rule) {
-	all := make([]statement, len(rules))
+	all := make([]normalForm, len(rules))
 	idle := make([]bool, len(rules))
 	for i := range rules {
 		all[i] = normal(&rules[i].when, false)
@@ -132,7 +132,7 @@ func (l *linter) rules(rules []rule) {
 // covered reports whether whatever r does another rule of its action does too.
 // For an allow rule that is where it is true; an unknown deny rule denies, and
 // asks somebody without a session to log in.
-func (l *linter) covered(r *rule, its, other *statement) bool {
+func (l *linter) covered(r *rule, its, other *normalForm) bool {
 	if r.denies {
 		return l.implies(its, other, everywhere)
 	}
@@ -148,7 +148,7 @@ func (l *linter) shadowed(r, by *rule) {
 }
 
 // parts tells of what can never be true within a rule that can.
-func (l *linter) parts(r *rule, f *statement) {
+func (l *linter) parts(r *rule, f *normalForm) {
 	for i := range f.of {
 		child := &f.of[i]
 		if why := l.never(child); why == "" {
@@ -159,8 +159,8 @@ func (l *linter) parts(r *rule, f *statement) {
 	}
 }
 
-// never says why a statement is never true, or nothing if it may be.
-func (l *linter) never(f *statement) string {
+// never says why a formula is never true, or nothing if it may be.
+func (l *linter) never(f *normalForm) string {
 	switch f.op {
 	case or:
 		why := "it says reject"
@@ -171,7 +171,7 @@ func (l *linter) never(f *statement) string {
 		}
 		return why
 	case and:
-		var all []*statement
+		var all []*normalForm
 		flatten(f, &all)
 		for i, x := range all {
 			if why := l.never(x); why != "" {
@@ -195,7 +195,7 @@ func (l *linter) never(f *statement) string {
 }
 
 // flatten collects what stands under nested ands.
-func flatten(f *statement, to *[]*statement) {
+func flatten(f *normalForm, to *[]*normalForm) {
 	for i := range f.of {
 		if f.of[i].op == and && len(f.of[i].of) > 0 {
 			flatten(&f.of[i], to)
@@ -205,8 +205,8 @@ func flatten(f *statement, to *[]*statement) {
 	}
 }
 
-// conflict reports whether two statements are never true together.
-func (l *linter) conflict(a, b *statement) bool {
+// conflict reports whether two formulas are never true together.
+func (l *linter) conflict(a, b *normalForm) bool {
 	if l.steps--; l.steps < 0 {
 		return false
 	}
@@ -220,18 +220,18 @@ func (l *linter) conflict(a, b *statement) bool {
 	case a.op == leaf:
 		return l.conflict(b, a)
 	}
-	with := func(x statement) bool { return l.conflict(&x, b) }
+	with := func(x normalForm) bool { return l.conflict(&x, b) }
 	if a.op == and {
 		return slices.ContainsFunc(a.of, with)
 	}
-	return !slices.ContainsFunc(a.of, func(x statement) bool { return !with(x) })
+	return !slices.ContainsFunc(a.of, func(x normalForm) bool { return !with(x) })
 }
 
-// neverFalse reports whether a statement is always true or unknown.
-func (l *linter) neverFalse(f *statement) bool {
+// neverFalse reports whether a formula is always true or unknown.
+func (l *linter) neverFalse(f *normalForm) bool {
 	switch f.op {
 	case and:
-		return !slices.ContainsFunc(f.of, func(x statement) bool { return !l.neverFalse(&x) })
+		return !slices.ContainsFunc(f.of, func(x normalForm) bool { return !l.neverFalse(&x) })
 	case or:
 		for i := range f.of {
 			x := &f.of[i]
@@ -246,7 +246,7 @@ func (l *linter) neverFalse(f *statement) bool {
 				if l.steps < 0 {
 					return false
 				}
-				if y := &f.of[j]; y.op == leaf && l.implies(&statement{is: opposite}, y, ofValues) {
+				if y := &f.of[j]; y.op == leaf && l.implies(&normalForm{is: opposite}, y, ofValues) {
 					return true
 				}
 			}
@@ -257,8 +257,8 @@ func (l *linter) neverFalse(f *statement) bool {
 	return ok && !f.is.negated
 }
 
-// words says a statement shortly, in the policy's own names.
-func (f *statement) words() string {
+// words says a formula shortly, in the policy's own names.
+func (f *normalForm) words() string {
 	switch {
 	case f.op != leaf:
 		return "what stands in line " + strconv.Itoa(int(f.at.line))

@@ -121,9 +121,9 @@ func noteLogin(in *Input, to *Inputs) {
 	if in.Person == nil {
 		return
 	}
-	to.Login = &LoginInput{AgeMS: -1, AuthMethods: in.Person.authMethods()}
+	to.Login = &LoginInput{Age: -1, AuthMethods: in.Person.authMethods()}
 	if age, known := in.loginAge(); known {
-		to.Login.AgeMS, to.Login.RestNS = wholeAge(max(age, 0))
+		to.Login.Age = max(age, 0)
 	}
 }
 

@@ -386,7 +386,7 @@ func TestInputsHoldWhatWasLookedAt(t *testing.T) {
 	want := Inputs{
 		Now: noon, Email: new("a@b"), Groups: map[string]bool{"dba": true}, GroupCount: 2, Claims: map[string]any{"dept": "ops"},
 		Device: &DeviceInput{ID: "d1", Type: "tpm"},
-		Facts:  map[string]*FactInput{"firewall": {Value: true, Source: "os", AgeMS: 2000}},
+		Facts:  map[string]*FactInput{"firewall": {Value: true, Source: "os", Age: 2 * time.Second}},
 	}
 	if diff := cmp.Diff(want, a.Inputs(in)); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)

@@ -67,7 +67,8 @@ type Replayed struct {
 // does not tell: a criterion that looks at something else may have any value. For
 // a Set with the same policy it is always certain and the one that was recorded.
 func (s *Set) Replay(from *Recording) Replayed {
-	p := playback{from: from, in: from.input()}
+	p := playback{from: from}
+	p.in = from.input()
 	a := s.Decide(&p.in)
 	anonymous := p.in.Person == nil
 	if a.asked == nil { // carriers, and targets without a route
@@ -110,7 +111,7 @@ func (r *route) shown(v sallyport.Verdict, anonymous bool) sallyport.Verdict {
 // playback evaluates conditions over what a recording tells.
 type playback struct {
 	from *Recording
-	in   Input // rebuilt from it
+	in   Input // as far as it tells
 }
 
 // span is the lowest and the highest value that a condition may have had.
@@ -118,11 +119,13 @@ type span struct{ lo, hi Value }
 
 func (s span) not() span { return span{s.hi.not(), s.lo.not()} }
 
+// knows reports whether the recording holds what c looks at. Of nobody nothing is
+// to be known but what was recorded about the address.
 func (p *playback) knows(c criterion) bool {
-	if r, ok := c.(*record); ok { // one about the peer needs no person
-		return r.id(&p.in) == "" || c.recalled(&p.from.Inputs)
+	if r, is := c.(*record); p.in.Person == nil && !(is && r.of == ofPeer) {
+		return true
 	}
-	return p.in.Person == nil || c.recalled(&p.from.Inputs)
+	return c.recalled(&p.from.Inputs)
 }
 
 func (p *playback) eval(c *condition) span {
@@ -215,6 +218,7 @@ func unrecalled(c criterion, from *Inputs) []string {
 }
 
 // input rebuilds what was looked at.
+// CEL expressions see what was recorded for them, by path.
 func (r *Recording) input() Input {
 	q := r.Request
 	in := Input{
@@ -235,8 +239,8 @@ func (r *Recording) input() Input {
 	}
 	if l := r.Inputs.Login; l != nil {
 		in.Person.Login.AuthMethods, in.Person.Session.AuthMethods = l.AuthMethods, l.AuthMethods
-		if l.AgeMS >= 0 {
-			at := now.Add(-ageOf(l.AgeMS, l.RestNS))
+		if l.Age >= 0 {
+			at := now.Add(-l.Age)
 			in.Person.Login.Created, in.Person.Login.Authenticated, in.Person.Session.Created = at, at, at
 		}
 	}
@@ -260,7 +264,7 @@ func (r *Recording) device(p *Person) {
 	p.Posture = &sallyport.Posture{Device: p.Device.ID, Received: now, Sequence: now.UnixMilli(), Facts: map[string]sallyport.Fact{}}
 	for name, f := range r.Inputs.Facts {
 		if f != nil {
-			at := time.UnixMilli(now.UnixMilli()).Add(-ageOf(f.AgeMS, f.RestNS))
+			at := time.UnixMilli(now.UnixMilli()).Add(-f.Age)
 			p.Posture.Facts[name] = sallyport.Fact{Value: f.Value, Source: f.Source, At: at}
 		}
 	}

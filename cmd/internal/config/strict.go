@@ -247,20 +247,6 @@ func (d *decoder) pairs(n *yaml.Node, key string) func(yield func(string, *yaml.
 	}
 }
 
-// IsFile reports whether text is a configuration, and not a policy alone.
-func IsFile(text []byte) bool {
-	var doc yaml.Node
-	if err := yaml.Unmarshal(text, &doc); err != nil || len(doc.Content) != 1 || doc.Content[0].Kind != yaml.MappingNode {
-		return false // what is no YAML is for the policy's parser to refuse
-	}
-	for i, n := range doc.Content[0].Content {
-		if i%2 == 0 && (n.Value == "routes" || n.Value == "data_dir" || n.Value == "domain") {
-			return true
-		}
-	}
-	return false
-}
-
 // policy reads a policy, which is as strict itself. The tree of nodes is not kept:
 // it is by far the largest thing that reading a file makes.
 func (d *decoder) policy(n *yaml.Node, v reflect.Value, key string) {

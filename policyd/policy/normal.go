@@ -5,11 +5,11 @@ import (
 	"slices"
 )
 
-// statement is a condition whose negations stand before single tests only. An and
-// of nothing is true, an or of nothing is false.
-type statement struct {
+// normalForm is a condition in negation normal form: its negations stand before
+// single tests only. An and of nothing is true, an or of nothing is false.
+type normalForm struct {
 	op operator // and, or; leaf: a proposition
-	of []statement
+	of []normalForm
 	is proposition
 	at place
 }
@@ -46,8 +46,6 @@ func subjectOf(c criterion) (subject, []test) {
 		return subject{key: c.name, match: &c.match, person: true}, c.match.tests
 	case *groups:
 		return subject{key: "groups", match: &matcher{}, person: true}, c.tests
-	case *authMethod:
-		return subject{key: c.path(), match: &matcher{}, person: true}, c.tests
 	case *claim:
 		return subject{key: c.path(), match: &matcher{}, person: true}, c.tests
 	case *deviceField:
@@ -61,10 +59,10 @@ func subjectOf(c criterion) (subject, []test) {
 	return subject{}, nil
 }
 
-// normal returns c, or its opposite, as a statement that always has the same value.
-func normal(c *condition, negate bool) statement {
+// normal returns c, or its opposite, as a formula that always has the same value.
+func normal(c *condition, negate bool) normalForm {
 	if c.op == leaf {
-		f := criterionStatement(c.is, negate)
+		f := criterionFormula(c.is, negate)
 		f.at = c.at
 		return f
 	}
@@ -72,7 +70,7 @@ func normal(c *condition, negate bool) statement {
 	if c.op == not || c.op == nor {
 		negate = !negate
 	}
-	f := statement{op: or, at: c.at}
+	f := normalForm{op: or, at: c.at}
 	if all != negate { // the opposite of all is some opposite
 		f.op = and
 	}
@@ -82,18 +80,18 @@ func normal(c *condition, negate bool) statement {
 	return f
 }
 
-func criterionStatement(c criterion, negate bool) statement {
+func criterionFormula(c criterion, negate bool) normalForm {
 	if k, ok := c.(constant); ok {
 		if (Value(k) == True) != negate {
-			return statement{op: and}
+			return normalForm{op: and}
 		}
-		return statement{op: or}
+		return normalForm{op: or}
 	}
 	about, tests := subjectOf(c)
 	if len(tests) == 0 {
-		return statement{is: proposition{is: c, negated: negate}}
+		return normalForm{is: proposition{is: c, negated: negate}}
 	}
-	f := statement{op: and}
+	f := normalForm{op: and}
 	if negate {
 		f.op = or
 	}
@@ -102,7 +100,7 @@ func criterionStatement(c criterion, negate bool) statement {
 		if negate {
 			a = a.opposite()
 		}
-		f.of = append(f.of, statement{is: a.simple()})
+		f.of = append(f.of, normalForm{is: a.simple()})
 	}
 	if len(f.of) == 1 {
 		return f.of[0]
@@ -168,23 +166,23 @@ const (
 	ofValues
 )
 
-// prover compares statements within a number of steps; when they are used up it
+// prover compares formulas within a number of steps; when they are used up it
 // proves nothing more.
 type prover struct{ steps int }
 
 // implies reports whether it can show that a implies b. It never says so
 // wrongly; it may fail to see it.
-func (p *prover) implies(a, b *statement, s sound) bool {
+func (p *prover) implies(a, b *normalForm, s sound) bool {
 	if p.steps--; p.steps < 0 {
 		return false
 	}
-	each := func(x statement) bool { return p.implies(&x, b, s) }
-	toEach := func(x statement) bool { return p.implies(a, &x, s) }
+	each := func(x normalForm) bool { return p.implies(&x, b, s) }
+	toEach := func(x normalForm) bool { return p.implies(a, &x, s) }
 	switch {
 	case a.op == or:
-		return !slices.ContainsFunc(a.of, func(x statement) bool { return !each(x) })
+		return !slices.ContainsFunc(a.of, func(x normalForm) bool { return !each(x) })
 	case b.op == and:
-		return !slices.ContainsFunc(b.of, func(x statement) bool { return !toEach(x) })
+		return !slices.ContainsFunc(b.of, func(x normalForm) bool { return !toEach(x) })
 	case a.op == and && slices.ContainsFunc(a.of, each):
 		return true
 	case b.op == or:
@@ -214,10 +212,6 @@ func (a *proposition) implies(b *proposition, s sound) bool {
 
 // sameCriterion reports whether two criteria are the same word for word.
 func sameCriterion(a, b criterion) bool {
-	if x, ok := a.(*expression); ok {
-		y, ok := b.(*expression)
-		return ok && x.text == y.text
-	}
 	return a.path() == b.path() && a.wanted(true) == b.wanted(true) && reflect.DeepEqual(a, b)
 }
 
