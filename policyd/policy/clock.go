@@ -490,6 +490,9 @@ func (c *date) eval(in *Input) Value {
 
 func (c *date) path() string { return "date" }
 
+// ends implements ender.
+func (c *date) ends() time.Time { return c.before }
+
 func (c *date) wanted(bool) string {
 	return between(!c.after.IsZero(), !c.before.IsZero(), c.words(c.after), c.words(c.before))
 }
