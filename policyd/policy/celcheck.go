@@ -74,10 +74,11 @@ func (p *parser) expression(n *yaml.Node, text string) (*expression, bool) {
 		return c.(*expression), true
 	}
 	c, ok := p.check(n, text)
-	if ok {
-		p.cels.byText.Store(text, c)
+	if !ok {
+		return nil, false
 	}
-	return c, ok
+	first, _ := p.cels.byText.LoadOrStore(text, c) // another processor may have been faster
+	return first.(*expression), true
 }
 
 // check checks an expression: that it is one, that what it looks at exists, that

@@ -137,6 +137,9 @@ func (c *date) holds(t time.Time) bool {
 
 func (c *date) path() string { return "date" }
 
+// ends implements ender.
+func (c *date) ends() time.Time { return c.before }
+
 func (c *date) wanted(bool) string {
 	return between(!c.after.IsZero(), !c.before.IsZero(), c.words(c.after), c.words(c.before)) + " " + c.zone.String()
 }

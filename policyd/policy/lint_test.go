@@ -63,28 +63,6 @@ func TestCase_I14_removedGroup(t *testing.T) {
 	}
 }
 
-func TestLintFindsDatesThatAreOver(t *testing.T) {
-	over := condition{op: and, of: []condition{leafOf(&until{noon}), leafOf(authenticated{})}}
-	for end, want := range map[time.Duration]int{-time.Hour: 1, 0: 1, time.Hour: 0} {
-		over.of[0].is = &until{noon.Add(end)}
-		p := &Policy{allow: []rule{{when: over, at: place{1, 1}}}}
-		if got := p.Lint(LintOptions{Now: noon}); len(got) != want {
-			t.Errorf("end %v from now: got %v; want %d", end, got, want)
-		}
-	}
-}
-
-// until is false from a time on.
-type until struct{ end time.Time }
-
-func (u *until) ends() time.Time                          { return u.end }
-func (u *until) eval(in *Input) Value                     { return truth(in.Now.Before(u.end)) }
-func (u *until) path() string                             { return "until" }
-func (u *until) wanted(bool) string                       { return "before its end" }
-func (u *until) found(*Input) (_ string, _ time.Duration) { return "now", 0 }
-func (u *until) note(*Input, *Inputs)                     {}
-func (u *until) recalled(*Inputs) bool                    { return true }
-
 // lintLeaves are criteria that imply and contradict each other.
 var lintLeaves = []string{
 	"accept: true", "reject: true", "authenticated_user: true", "user: u1", "user: {in: [u1, u2]}", "user: {not: u1}", "user: {not_in: [u1, u2]}",
@@ -97,6 +75,8 @@ var lintLeaves = []string{
 	"device: {os_version: {\">=\": \"15.4\"}}", "device: {os_version: {\">\": \"15.4\"}}", "device: {os_version: {\"<\": \"15.4\"}}",
 	"device: {os_version: {\"<\": \"16\"}}", "device: {os_version: {\"<=\": \"14\"}}", "device: {os_version: {in: [\"15.4\", \"x\"]}}", "device: {os_version: {not: \"x\"}}", "device: {os_version: {not: \"15.4\"}}",
 	"device: {edr: {\">\": 3}}", "device: {edr: {in: [2, \"4\"]}}", "device: {edr: {not_in: [2, \"4\"]}}", "device: {edr: {not: 4}}", "device: {edr: \"4\"}", "device: {edr: {contains: \"4\"}}",
+	"auth_method: mfa", "auth_method: {exclude: mfa}", "auth_method: {is: hwk}", "auth_method: hwk",
+	"date: {before: 2026-06-01}", "record: {type: risk, exists: false}",
 	"device: {os: linux}", "device: {os: windows}", "device: {approved: true}", "device: {approved: false}",
 }
 
@@ -171,6 +151,8 @@ func (f *normalForm) value(in *Input) Value {
 		c = &one
 	case *groups:
 		c = &groups{[]test{f.is.test}}
+	case *authMethod:
+		c = &authMethod{[]test{f.is.test}}
 	case *claim:
 		one := *x
 		one.tests = []test{f.is.test}

@@ -46,6 +46,8 @@ func subjectOf(c criterion) (subject, []test) {
 		return subject{key: c.name, match: &c.match, person: true}, c.match.tests
 	case *groups:
 		return subject{key: "groups", match: &matcher{}, person: true}, c.tests
+	case *authMethod:
+		return subject{key: c.path(), match: &matcher{}, person: true}, c.tests
 	case *claim:
 		return subject{key: c.path(), match: &matcher{}, person: true}, c.tests
 	case *deviceField:
@@ -212,6 +214,10 @@ func (a *proposition) implies(b *proposition, s sound) bool {
 
 // sameCriterion reports whether two criteria are the same word for word.
 func sameCriterion(a, b criterion) bool {
+	if x, ok := a.(*expression); ok {
+		y, ok := b.(*expression)
+		return ok && x.text == y.text
+	}
 	return a.path() == b.path() && a.wanted(true) == b.wanted(true) && reflect.DeepEqual(a, b)
 }
 

@@ -122,10 +122,10 @@ func (s span) not() span { return span{s.hi.not(), s.lo.not()} }
 // knows reports whether the recording holds what c looks at. Of nobody nothing is
 // to be known but what was recorded about the address.
 func (p *playback) knows(c criterion) bool {
-	if r, is := c.(*record); p.in.Person == nil && !(is && r.of == ofPeer) {
-		return true
+	if r, is := c.(*record); is {
+		return r.id(&p.in) == "" || c.recalled(&p.from.Inputs)
 	}
-	return c.recalled(&p.from.Inputs)
+	return p.in.Person == nil || c.recalled(&p.from.Inputs)
 }
 
 func (p *playback) eval(c *condition) span {
