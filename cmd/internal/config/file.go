@@ -307,10 +307,7 @@ func (f *File) checkPolicy(d *decoder, key string, n *yaml.Node) {
 // compile lets policyd's own compiler say what is wrong with the routes taken
 // together: two for one place, destinations that no gateway may dial.
 func (f *File) compile(l *fault.List) {
-	r := f.Record(nil, f.publicHosts(), time.Time{})
-	_, err := policy.Compile(r.Routes, policy.Options{
-		Sources: r.PostureSources, TTL: r.PostureTTL, Forbidden: r.Forbidden, ExplainGroups: r.ExplainGroups,
-	})
+	err := Loads(f.Record(nil, f.publicHosts(), time.Time{}))
 	var faults fault.List
 	if errors.As(err, &faults) {
 		*l = append(*l, faults...)
