@@ -46,9 +46,14 @@ needs: ## install what the tests need and this machine lacks (Debian)
 	@tools/needs.sh
 
 .PHONY: unit
-unit: ## unit, conformance, command-line and fuzz-seed tests
+unit: property ## unit, conformance, command-line and fuzz-seed tests
 	go vet ./...
 	go test -shuffle=on ./...
+
+# Each random policy meets eight people: 12,500 of them are 100,000 cases.
+.PHONY: property
+property: ## the laws of the policy language in 100,000 random cases (half a minute)
+	go test -v -run Property ./policyd/policy -rapid.checks=12500 -rapid.nofailfile
 
 .PHONY: race
 race: ## the same under the race detector

@@ -37,6 +37,9 @@ func (s *Server) Authorize(ctx context.Context, questions []sallyport.Request) (
 		q := &questions[i]
 		out[i] = a.decide(q)
 		s.metrics.decisions.Inc(out[i].Verdict.String())
+		for _, o := range out[i].Observed {
+			s.metrics.observed.Inc(o.Would.String())
+		}
 		if q.Recheck != "" && out[i].Allowed() {
 			continue
 		}
@@ -108,11 +111,12 @@ type asker struct {
 	in     policy.Input
 	person policy.Person
 	answer policy.Answer
+	budget policy.Budget // of the batch, for what would help
 }
 
 // ask prepares the input for q.
 func (a *asker) ask(q *sallyport.Request) {
-	a.in = policy.Input{Now: a.now, Request: q, Records: a}
+	a.in = policy.Input{Now: a.now, Request: q, Records: a, Budget: &a.budget}
 	if a.in.Absent = a.snapshot.person(q.Session, a.revoked, a.now, &a.person); a.in.Absent == "" {
 		a.in.Person = &a.person
 	}
@@ -120,7 +124,14 @@ func (a *asker) ask(q *sallyport.Request) {
 
 // External implements policy.Records.
 func (a *asker) External(typ, id string) (map[string]any, bool) {
-	return a.snapshot.external(typ, id, a.now)
+	r, ok := a.snapshot.external(typ, id, a.now)
+	if !ok {
+		return nil, false
+	}
+	if !r.expires.IsZero() {
+		a.in.Lasts(r.expires.Sub(a.now))
+	}
+	return r.value.Fields, true
 }
 
 func (a *asker) decide(q *sallyport.Request) sallyport.Decision {

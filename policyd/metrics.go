@@ -5,6 +5,7 @@ import "sallyport/internal/telemetry"
 // metrics are policyd's figures. With a nil registry they count nothing.
 type metrics struct {
 	decisions *telemetry.Counter
+	observed  *telemetry.Counter
 	reports   *telemetry.Counter
 	deciding  *telemetry.Histogram
 }
@@ -22,6 +23,7 @@ func newMetrics(reg *telemetry.Registry, s *Server) metrics {
 	}
 	return metrics{
 		decisions: reg.Counter("sallyport_policyd_decisions_total", "answers that were given", "verdict"),
+		observed:  reg.Counter("sallyport_policyd_observed_total", "answers that a rule with mode observe would have changed, by what it would have made them", "verdict"),
 		reports:   reg.Counter("sallyport_policyd_posture_reports_total", "posture reports, by the code of their refusal or ok", "code"),
 		deciding:  reg.Histogram("sallyport_policyd_batch_seconds", "from a batch of questions to its answers, the audit included", telemetry.Seconds),
 	}

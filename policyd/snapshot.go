@@ -313,13 +313,13 @@ func (s *snapshot) device(p *policy.Person, now time.Time) (absent string) {
 	return ""
 }
 
-// external returns the fields of the live external record of a type and id.
-func (s *snapshot) external(typ, id string, now time.Time) (map[string]any, bool) {
+// external returns the live external record of a type and id.
+func (s *snapshot) external(typ, id string, now time.Time) (*held[sallyport.External], bool) {
 	r, ok := s.externals.get(sallyport.ExternalID(typ, id))
 	if !ok || r.expired(now) || r.value.Type != typ || r.value.ID != id {
 		return nil, false
 	}
-	return r.value.Fields, true
+	return r, true
 }
 
 // earliest returns the earliest time that is not zero.

@@ -135,6 +135,9 @@ func (s *shell) printWhy(w io.Writer, t sallyport.Target, d sallyport.Decision) 
 		for _, r := range d.Reasons {
 			fmt.Fprintf(w, "    %-24s %s%s\n", r.Condition, r.Found, age(r.Age))
 		}
+		for _, l := range connect.Observed(d) {
+			fmt.Fprintln(w, "  "+l)
+		}
 		fmt.Fprintf(w, "  decision %s, policy revision %d\n", d.ID, d.PolicyRevision)
 	} else {
 		fmt.Fprintf(w, "%s: %s\n", refusals[d.Verdict], t.Authority())

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"slices"
 	"time"
 
 	"sallyport"
@@ -133,7 +134,7 @@ func (a Answer) Route(t sallyport.Target) (from, carrier string, up sallyport.Up
 }
 
 // Subjects returns whose changes could change the answer: the session with what
-// stands behind it, and the policy.
+// stands behind it, external records that the route's rules look at, and the policy.
 func (a Answer) Subjects(in *Input) []sallyport.Subject {
 	out := make([]sallyport.Subject, 0, 5)
 	if id := in.Request.Session; id != "" {
@@ -146,6 +147,15 @@ func (a Answer) Subjects(in *Input) []sallyport.Subject {
 		if p.Session.Device != "" {
 			out = append(out, sallyport.Subject{Kind: sallyport.SubjectDevice, ID: string(p.Session.Device)})
 		}
+	}
+	if a.route != nil {
+		a.route.each(func(c criterion) {
+			if r, is := c.(*record); is {
+				if s, ok := r.subject(in); ok && !slices.Contains(out, s) {
+					out = append(out, s)
+				}
+			}
+		})
 	}
 	return append(out, sallyport.Subject{Kind: sallyport.SubjectPolicy})
 }

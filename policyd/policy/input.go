@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"math"
 	"slices"
 	"time"
 
@@ -21,6 +22,9 @@ type Input struct {
 	Absent string
 	// Records finds external records; nil: there are none.
 	Records Records
+	// Budget is shared by the questions of a batch, for Remedies; nil: the question
+	// has one of its own.
+	Budget *Budget
 
 	site      *Options      // of the Set that decides
 	reportAge time.Duration // since the posture was received
@@ -29,7 +33,8 @@ type Input struct {
 	peer      bool          // the peer's address was looked at
 }
 
-// Records finds the external records that policies look at.
+// Records finds the external records that policies look at. One that finds records
+// which end by themselves calls [Input.Lasts].
 type Records interface {
 	// External returns the fields of the live record of the type and id.
 	External(typ, id string) (fields map[string]any, ok bool)
@@ -57,12 +62,18 @@ func (in *Input) external(typ, id string) (map[string]any, bool) {
 	return in.Records.External(typ, id)
 }
 
-// age is how old a fact of the person's posture is.
+// age is how old a fact of the person's posture is. A fact that was read in the
+// year 2 is as old as a duration can say: the sum of two ages that both are must
+// not turn into a new one.
 func (in *Input) age(f *sallyport.Fact) time.Duration {
 	if f.At.IsZero() {
 		return in.reportAge
 	}
-	return in.reportAge + max(in.signed.Sub(f.At), 0)
+	before := max(in.signed.Sub(f.At), 0)
+	if before > math.MaxInt64-in.reportAge {
+		return math.MaxInt64
+	}
+	return in.reportAge + before
 }
 
 // Person is a live session and the records behind it.
@@ -115,6 +126,10 @@ func (in *Input) lasts(d time.Duration) {
 		in.until = d
 	}
 }
+
+// Lasts notes for the answer's ValidFor that a record that was just found, or not
+// found, stays so for d; above zero.
+func (in *Input) Lasts(d time.Duration) { in.lasts(d) }
 
 // FactAge is how old a fact of p is at now. Two clocks are at work: between
 // reading the fact and signing the report the device's own, whose error cancels

@@ -155,14 +155,23 @@ func (p *parser) boolean(n *yaml.Node, what string) (value, ok bool) {
 	return s.b, ok
 }
 
-// duration reads "5m", "1h30m": above zero.
+// duration reads "5m", "1h30m", "7d12h": above zero. A day is 24 hours.
 func (p *parser) duration(n *yaml.Node, what string) (time.Duration, bool) {
 	s, ok := p.plainText(n, what)
 	if !ok {
 		return 0, false
 	}
-	d, err := time.ParseDuration(s)
-	if err != nil || d <= 0 {
+	hours, days := s, time.Duration(0)
+	if count, rest, ok := strings.Cut(s, "d"); ok && allDigits(count) && len(count) < 6 { // no overflow
+		n, _ := strconv.Atoi(count)
+		hours, days = rest, time.Duration(n)*24*time.Hour
+	}
+	d := time.Duration(0)
+	var err error
+	if hours != "" || days == 0 {
+		d, err = time.ParseDuration(hours)
+	}
+	if d += days; err != nil || d <= 0 || d < days {
 		p.fail(n, "%s must be a duration like 30s, 5m or 1h", what)
 		return 0, false
 	}

@@ -361,6 +361,10 @@ func TestFactAgeNeedsNoCommonClock(t *testing.T) {
 	if got := FactAge(&sallyport.Posture{}, f, noon); got < time.Hour {
 		t.Errorf("a report that was never received is %v old; want very old", got)
 	}
+	f.At = time.Date(2, 1, 1, 0, 0, 0, 0, time.UTC) // an age of its own that no duration can say
+	if got := FactAge(p, f, noon); got < time.Hour {
+		t.Errorf("a fact of the year 2 is %v old; want very old", got)
+	}
 }
 
 func TestShortestAge(t *testing.T) {

@@ -142,6 +142,24 @@ func TestExplain(t *testing.T) {
 	}
 }
 
+// What was found is told with what was wanted, where that says more.
+func TestExplainTellsWhatWasWanted(t *testing.T) {
+	d := sallyport.Decision{ID: "d-1", Verdict: sallyport.VerdictDeny, PolicyRevision: 3, Reasons: []sallyport.Reason{
+		{Rule: "day", Condition: "device.os_version", Wanted: "at least 15.4", Found: "15.3", Result: "false"},
+		{Rule: "day", Condition: "groups", Wanted: "the membership that this rule asks for", Found: "missing the membership that this rule asks for", Result: "false"},
+	}, Observed: []sallyport.Observation{{Rule: "all", Would: sallyport.VerdictAllow}}}
+	want := []string{
+		`why:  rule "day" matched you, but 2 conditions failed:`,
+		`        device.os_version        is 15.3, wanted at least 15.4`,
+		`        groups                   is missing the membership that this rule asks for`,
+		`note: rule "all" is only observed; in force it would have made this: allow`,
+		`decision d-1, policy revision 3`,
+	}
+	if diff := cmp.Diff(want, Explain(d)); diff != "" {
+		t.Error(diff)
+	}
+}
+
 func refuse(e *sallyport.Error) *http.Response {
 	w := httptest.NewRecorder()
 	WriteRefusal(w, e)

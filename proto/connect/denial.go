@@ -135,8 +135,18 @@ func Explain(d sallyport.Decision) []string {
 	if fix := Fix(d); fix != "" {
 		out = append(out, "fix:  "+fix)
 	}
+	out = append(out, Observed(d)...)
 	if d.ID != "" {
 		out = append(out, fmt.Sprintf("decision %s, policy revision %d", d.ID, d.PolicyRevision))
+	}
+	return out
+}
+
+// Observed tells of rules that are only watched: what they would have changed.
+func Observed(d sallyport.Decision) []string {
+	var out []string
+	for _, o := range d.Observed {
+		out = append(out, fmt.Sprintf("note: rule %q is only observed; in force it would have made this: %s", o.Rule, o.Would))
 	}
 	return out
 }
@@ -185,6 +195,9 @@ func detail(r sallyport.Reason) string {
 	if r.Found == "" {
 		s = fmt.Sprintf("%-24s %s", r.Condition, r.Wanted)
 	}
+	if asks(r) {
+		s += ", wanted " + r.Wanted
+	}
 	if r.Age > 0 {
 		s += fmt.Sprintf("   (checked %s ago", ago(r.Age))
 		if strings.HasPrefix(r.Condition, "device.") {
@@ -193,6 +206,15 @@ func detail(r sallyport.Reason) string {
 		s += ")"
 	}
 	return s
+}
+
+// asks reports whether what was wanted says more than what was found: of a truth
+// value, and of what a rule does not name, it does not.
+func asks(r sallyport.Reason) bool {
+	if r.Found == "" || r.Result == "true" || r.Wanted == "is true" || r.Wanted == "is false" {
+		return false
+	}
+	return !strings.Contains(r.Wanted, "that this rule") && !strings.Contains(r.Wanted, "live session")
 }
 
 // ago prints a duration the way people say it: 9 s, 12 m, 3 h, 2 d.

@@ -33,6 +33,8 @@ type Client struct {
 	creds     credentials.TransportCredentials
 	log       logging.Logger
 
+	gather gatherer // of questions to policyd
+
 	mu     sync.Mutex // guards what follows
 	conn   *grpc.ClientConn
 	closed bool
@@ -70,11 +72,17 @@ func Dial(addrs []string, tlsConf *tls.Config, log logging.Logger) (*Client, err
 		}
 		c.addrs = append(c.addrs, resolver.Address{Addr: addr})
 	}
+	c.gather.ask = c.Policy().ask
 	return c, nil
 }
 
 // Close ends the connection and every call on it.
 func (c *Client) Close() error {
+	defer c.gather.close()
+	return c.close()
+}
+
+func (c *Client) close() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.closed = true

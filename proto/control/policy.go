@@ -18,6 +18,7 @@ import (
 type Policy struct {
 	client *Client
 	rpc    pb.PolicyClient
+	gather *gatherer
 	revoker
 }
 
@@ -31,11 +32,19 @@ var (
 
 // Policy returns the client's view of policyd.
 func (c *Client) Policy() *Policy {
-	return &Policy{client: c, rpc: pb.NewPolicyClient(unaryConn{c}), revoker: revoker{pb.NewRevokerClient(unaryConn{c})}}
+	return &Policy{
+		client: c, rpc: pb.NewPolicyClient(unaryConn{c}), gather: &c.gather,
+		revoker: revoker{pb.NewRevokerClient(unaryConn{c})},
+	}
 }
 
-// Authorize implements sallyport.Authorizer.
+// Authorize implements sallyport.Authorizer. Questions that are asked at the same
+// time travel together.
 func (p *Policy) Authorize(ctx context.Context, questions []sallyport.Request) ([]sallyport.Decision, error) {
+	return p.gather.authorize(ctx, questions)
+}
+
+func (p *Policy) ask(ctx context.Context, questions []sallyport.Request) ([]sallyport.Decision, error) {
 	m, err := p.rpc.Authorize(ctx, &pb.AuthorizeRequest{Questions: each(questions, requestToWire)})
 	if err != nil {
 		return nil, err
