@@ -30,7 +30,7 @@ const (
 )
 
 var (
-	recordType = regexp.MustCompile(`^[a-zA-Z][a-zA-Z0-9._-]{0,63}$`)
+	recordType = regexp.MustCompile(`^[a-zA-Z][a-zA-Z0-9._/-]{0,127}$`)
 	fieldName  = regexp.MustCompile(`^[a-zA-Z_][a-zA-Z0-9._-]{0,63}$`)
 )
 
@@ -76,6 +76,9 @@ themselves, and the criterion is then unknown.`,
 
 func putRecord(ctx context.Context, records sallyport.Records, data sallyport.External, expires time.Duration, out io.Writer) error {
 	op := sallyport.Put(sallyport.KindRecord, sallyport.ExternalID(data.Type, data.ID), data)
+	if err := sameName(ctx, records, op.ID, data); err != nil {
+		return err
+	}
 	if expires > 0 {
 		op.Expires = time.Now().Add(expires)
 	}
@@ -85,6 +88,22 @@ func putRecord(ctx context.Context, records sallyport.Records, data sallyport.Ex
 	}
 	_, err = fmt.Fprintf(out, "%s put (revision %d)\n", op.ID, rev)
 	return err
+}
+
+// sameName refuses to put data in the place of other data whose type and id are
+// split elsewhere: "a/b" about "c" and "a" about "b/c" have one record.
+func sameName(ctx context.Context, records sallyport.Records, id string, data sallyport.External) error {
+	r, err := records.Get(ctx, sallyport.KindRecord, id)
+	if errors.Is(err, sallyport.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if old, err := sallyport.Decode[sallyport.External](r); err == nil && (old.Type != data.Type || old.ID != data.ID) {
+		return run.Usage("choose another type, or remove that one first", "%s is taken by type %q about %q", id, old.Type, old.ID)
+	}
+	return nil
 }
 
 func recordsRemoveCommand() *cobra.Command {
@@ -120,7 +139,7 @@ func recordArgs(least, most int) cobra.PositionalArgs {
 		case len(args) < least || len(args) > most:
 			return run.Usage("usage: "+cmd.UseLine(), "%d arguments, want %d", len(args), least)
 		case !recordType.MatchString(args[0]):
-			return run.Usage("for example risk; up to 64 letters, digits and . _ -", "%.80q is no type of record", args[0])
+			return run.Usage("for example risk; up to 128 letters, digits and . _ / -", "%.80q is no type of record", args[0])
 		case !validAbout(args[1]):
 			return run.Usage("name a user id, device id or address; up to 256 bytes", "%.80q is no id", args[1])
 		}
