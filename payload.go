@@ -145,9 +145,27 @@ type Config struct {
 	// Forbidden are addresses that no route may point to: the control plane's and
 	// the gateways' own listeners, host:port.
 	Forbidden []string `json:"forbidden,omitempty"`
-	// Applied and Source say when, and from which file, for people.
+	// Applied, By and Source say when, by which user of the operator's machine and
+	// from which file it was applied, for people.
 	Applied time.Time `json:"applied,omitzero"`
+	By      string    `json:"by,omitempty"`
 	Source  string    `json:"source,omitempty"`
+	// RollbackTo is the earlier revision that was brought back; 0: it came from
+	// Source itself.
+	RollbackTo Revision `json:"rollback_to,omitempty"`
+}
+
+// PastConfig is the payload of KindConfigHistory. The record's revision is that
+// of the configuration, because both are written in one batch.
+type PastConfig struct {
+	Applied    time.Time `json:"applied"`
+	By         string    `json:"by,omitempty"`
+	Source     string    `json:"source,omitempty"`
+	RollbackTo Revision  `json:"rollback_to,omitempty"`
+	Routes     int       `json:"routes"`
+	// Packed is the Config's JSON in gzip (RFC 1952): of 10,000 routes megabytes
+	// become kilobytes.
+	Packed []byte `json:"packed"`
 }
 
 // External is the payload of KindRecord: data about somebody or something from

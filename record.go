@@ -22,7 +22,7 @@ const (
 	KindCode          Kind = "code"           // authd's single-use codes, states and nonces; never streamed
 	KindConfig        Kind = "config"         // Config, id = "current"
 	KindTrust         Kind = "trust"          // Trust, id = "current"
-	KindConfigHistory Kind = "config_history" // Config, one of each revision that was in force lately; never streamed
+	KindConfigHistory Kind = "config_history" // PastConfig, one of each revision that was in force lately; never streamed
 	KindRecord        Kind = "record"         // External, id = type/id
 	KindLease         Kind = "lease"          // who holds a lease, id = its name; written by Lease alone, never streamed
 	KindAuditHead     Kind = "audit_head"     // the last signed head of a daemon's audit chain, id = daemon; never streamed
@@ -152,8 +152,9 @@ type Records interface {
 	Lease(ctx context.Context, name string, ttl time.Duration, hold func(context.Context) error) error
 }
 
-// Lister lists the live records of a kind; cached.Server has it, and so does its
-// client. It is for operators' tools: daemons watch.
+// Lister lists the live records of a streamed kind or of KindConfigHistory;
+// cached.Server has it, and so does its client. It is for operators' tools: daemons
+// watch.
 type Lister interface {
 	List(ctx context.Context, kind Kind) ([]Record, error)
 }

@@ -2,7 +2,9 @@ package cached
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
+	"strings"
 
 	"sallyport"
 )
@@ -100,6 +102,9 @@ func changeNote(op *sallyport.Op, rev sallyport.Revision, why string) sallyport.
 		verb = "delete"
 	}
 	r.Detail = fmt.Sprintf("%s %s %s at revision %d", verb, op.Kind, op.ID, rev)
+	if op.Kind == sallyport.KindConfig && !op.Delete {
+		why = appliedBy(op.Payload)
+	}
 	if why != "" {
 		r.Detail += " (" + why + ")"
 	}
@@ -107,6 +112,26 @@ func changeNote(op *sallyport.Op, rev sallyport.Revision, why string) sallyport.
 		nameSubject(&r, subject)
 	}
 	return r
+}
+
+// appliedBy tells who says to have applied a configuration, and whether it is an
+// earlier one that was brought back.
+func appliedBy(payload []byte) string {
+	var c struct {
+		By         string             `json:"by"`
+		RollbackTo sallyport.Revision `json:"rollback_to"`
+	}
+	if err := json.Unmarshal(payload, &c); err != nil {
+		return "unreadable"
+	}
+	var words []string
+	if c.RollbackTo != 0 {
+		words = append(words, fmt.Sprintf("rollback to revision %d", c.RollbackTo))
+	}
+	if c.By != "" {
+		words = append(words, fmt.Sprintf("by %.64q", c.By))
+	}
+	return strings.Join(words, ", ")
 }
 
 // nameSubject fills in the field that a search for the subject looks at.

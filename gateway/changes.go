@@ -75,7 +75,8 @@ func (t *table) mark(g *grant, d due) {
 
 // batch is what one round of asking again asks.
 type batch struct {
-	grants    []*grant
+	grants    []*grant // flows, then carriers
+	flows     int      // how many of them
 	questions []sallyport.Request
 	asked     stamp
 	at        time.Time
@@ -92,6 +93,7 @@ func (t *table) takeDue(now time.Time, peers func(tunnel.ServerConn) netip.AddrP
 	}
 	t.mu.Unlock()
 	slices.SortStableFunc(grants, func(a, b *grant) int { return rank(a) - rank(b) })
+	flows, _ := slices.BinarySearchFunc(grants, 1, func(g *grant, want int) int { return rank(g) - want })
 	addrs := make([]netip.AddrPort, len(grants))
 	for i, g := range grants {
 		addrs[i] = peers(g.conn) // not under the lock: it is somebody else's code
@@ -99,7 +101,7 @@ func (t *table) takeDue(now time.Time, peers func(tunnel.ServerConn) netip.AddrP
 
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	b := batch{grants: grants, questions: make([]sallyport.Request, len(grants)), asked: t.fresh.tick(), at: now}
+	b := batch{grants: grants, flows: flows, questions: make([]sallyport.Request, len(grants)), asked: t.fresh.tick(), at: now}
 	for i, g := range grants {
 		b.questions[i] = g.question(addrs[i])
 	}

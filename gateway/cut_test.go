@@ -572,23 +572,3 @@ func BenchmarkCut(b *testing.B) {
 		})
 	}
 }
-
-// BenchmarkRedecide measures asking again for flows that all stay allowed.
-func BenchmarkRedecide(b *testing.B) {
-	for _, n := range []int{1000, 5000} {
-		b.Run(fmt.Sprint(n), func(b *testing.B) {
-			bench := newBench(b, Limits{})
-			for i := range n {
-				bench.connect(sallyport.SessionID(fmt.Sprint("s", i))).open(db)
-			}
-			b.ResetTimer()
-			for b.Loop() {
-				bench.policy.change(policySubject, "", func() {})
-				bench.seen()
-				bench.until("everything asked again", func() bool { return bench.table.dueCount() == 0 })
-			}
-			b.StopTimer()
-			bench.stop()
-		})
-	}
-}

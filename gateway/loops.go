@@ -22,6 +22,8 @@ const (
 	peersEvery = time.Second
 	// chunk is how many questions go into one call when much is due.
 	chunk = 512
+	// parallelAsks is how many of these calls are under way at the same time.
+	parallelAsks = 4
 	// parallelCuts is how many streams are reset at the same time, so that one
 	// that is slow to close holds up few others.
 	parallelCuts = 16
@@ -89,19 +91,36 @@ func (s *Server) reask(ctx context.Context) error {
 }
 
 // reaskDue asks once for all that is due, cuts what is not allowed any more, and
-// reports whether nothing is left to ask.
+// reports whether nothing is left to ask. Carriers come after all flows, so that a
+// flow is cut for its own reason.
 func (s *Server) reaskDue(ctx context.Context) bool {
 	b := s.table.takeDue(time.Now(), tunnel.ServerConn.RemoteAddr)
-	for first := 0; first < len(b.questions); first += chunk {
-		last := min(first+chunk, len(b.questions))
-		answers, err := s.authorize(ctx, b.questions[first:last])
-		if err != nil {
-			s.log.Warn("live flows could not be decided again", "flows", len(b.questions)-first, "error", err)
+	for _, part := range [][2]int{{0, b.flows}, {b.flows, len(b.questions)}} {
+		if err := s.reaskPart(ctx, b, part[0], part[1]); err != nil {
+			s.log.Warn("live flows could not be decided again", "flows", len(b.questions), "error", err)
 			return false
 		}
-		s.end(s.table.settle(b, first, answers))
 	}
 	return s.table.dueCount() == 0
+}
+
+// reaskPart asks b's questions from first up to end in several calls: while the
+// answers of one are carried out, the next are on their way.
+func (s *Server) reaskPart(ctx context.Context, b batch, first, end int) error {
+	calls, ctx := errgroup.WithContext(ctx)
+	calls.SetLimit(parallelAsks)
+	for from := first; from < end; from += chunk {
+		to := min(from+chunk, end)
+		calls.Go(func() error {
+			answers, err := s.authorize(ctx, b.questions[from:to])
+			if err != nil {
+				return err
+			}
+			s.end(s.table.settle(b, from, answers))
+			return nil
+		})
+	}
+	return calls.Wait()
 }
 
 // tick keeps the clock: staleness, ends of validity, answers that did not come,

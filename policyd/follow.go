@@ -170,10 +170,7 @@ func (f *follower) report(ctx context.Context, d *snapshotDraft, old *snapshot) 
 		return
 	}
 	f.log.Error("configuration refused, the old one stays in force", "error", d.broken)
-	rec := sallyport.AuditRecord{Type: sallyport.AuditPolicyBroken, Time: d.now, Code: "policy.stale", Detail: clip(d.broken.Error(), 200)}
-	if err := f.audit.Append(ctx, rec); err != nil {
-		f.log.Error("audit record lost", "type", rec.Type, "error", err)
-	}
+	f.auditBroken(ctx, d.broken)
 }
 
 func clip(s string, n int) string {

@@ -15,7 +15,7 @@ func newMetrics(reg *telemetry.Registry, s *Server) metrics {
 		reg.GaugeFunc("sallyport_policyd_source_age_seconds", "since cached last confirmed the snapshot; below zero: never",
 			func() float64 { return s.sourceAge().Seconds() })
 		reg.GaugeFunc("sallyport_policyd_policy_stale", "1 while the newest configuration does not load and an older one is in force",
-			func() float64 { return s.gauge(func(snap *snapshot) float64 { return oneIf(snap.broken != nil) }) })
+			func() float64 { return s.gauge(func(snap *snapshot) float64 { return oneIf(s.broken(snap) != nil) }) })
 		reg.GaugeFunc("sallyport_policyd_revision", "revision of the snapshot",
 			func() float64 { return s.gauge(func(snap *snapshot) float64 { return float64(snap.revision) }) })
 		reg.GaugeFunc("sallyport_policyd_direct_revocations", "direct revocations that the snapshot does not show yet",

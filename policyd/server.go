@@ -40,6 +40,7 @@ type Server struct {
 
 	snap    atomic.Pointer[snapshot]  // nil before the first complete one
 	revoked atomic.Pointer[overrides] // direct revocations; never nil
+	refused atomic.Pointer[error]     // why the newest configuration file was not applied; nil: it was
 
 	start     time.Time    // of the monotonic clock behind confirmed
 	confirmed atomic.Int64 // nanoseconds since start when cached last confirmed; -1: never
@@ -97,13 +98,45 @@ func (s *Server) Ready() error {
 	if err != nil {
 		return err
 	}
-	if v.broken != nil {
+	if err := s.broken(v.snapshot); err != nil {
 		return &sallyport.Error{
-			Outcome: sallyport.OutcomeUnavailable, Code: "policy.stale",
-			Message: fmt.Sprintf("policy.stale: policy revision %d stays in force", v.rules.revision), Err: v.broken,
+			Outcome: sallyport.OutcomeUnavailable, Code: codeStale,
+			Message: fmt.Sprintf("policy.stale: policy revision %d stays in force", v.rules.revision), Err: err,
 		}
 	}
 	return nil
+}
+
+// codeStale stands where an older policy is in force than the newest one.
+const codeStale = "policy.stale"
+
+// Refuse tells that a configuration file could not be applied at all, so that no
+// record of it will come: the policy in force stays, and Ready, the figures and the
+// audit log say so until Refuse(ctx, nil).
+func (s *Server) Refuse(ctx context.Context, err error) {
+	if err == nil {
+		s.refused.Store(nil)
+		return
+	}
+	old := s.refused.Swap(&err)
+	if old == nil || (*old).Error() != err.Error() {
+		s.auditBroken(ctx, err)
+	}
+}
+
+// broken is why the policy in force is not the newest one; nil if it is.
+func (s *Server) broken(snap *snapshot) error {
+	if err := s.refused.Load(); err != nil {
+		return *err
+	}
+	return snap.broken
+}
+
+func (s *Server) auditBroken(ctx context.Context, why error) {
+	rec := sallyport.AuditRecord{Type: sallyport.AuditPolicyBroken, Time: time.Now(), Code: codeStale, Detail: clip(why.Error(), 200)}
+	if err := s.audit.Append(ctx, rec); err != nil {
+		s.log.Error("audit record lost", "type", rec.Type, "error", err)
+	}
 }
 
 // sourceAge is how long ago cached last confirmed the snapshot; below zero: never.

@@ -1,10 +1,14 @@
 package policyd
 
 import (
+	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"sallyport"
+	"sallyport/internal/fault"
 	"sallyport/policyd/policy"
 )
 
@@ -181,8 +185,36 @@ func (d *snapshotDraft) applyConfig(r sallyport.Record) string {
 			return "policy changed"
 		}
 	}
-	d.broken = fmt.Errorf("the configuration of revision %d does not load: %w", r.Revision, err)
+	d.broken = fmt.Errorf("the configuration of revision %d%s does not load: %w", r.Revision, origin(&c), located(err, c.Routes))
 	return ""
+}
+
+// origin is where a configuration came from, for whoever has to repair it.
+func origin(c *sallyport.Config) string {
+	switch {
+	case c.RollbackTo != 0:
+		return fmt.Sprintf(" (a rollback to %d)", c.RollbackTo)
+	case c.Source != "":
+		return fmt.Sprintf(" (from %.200s)", c.Source)
+	}
+	return ""
+}
+
+// located puts the route's own words beside its number: people look for the name,
+// and the record knows no lines of the file that it came from.
+func located(err error, routes []sallyport.Route) error {
+	var faults fault.List
+	if !errors.As(err, &faults) {
+		return err
+	}
+	named := slices.Clone(faults)
+	for i, f := range named {
+		var n int
+		if _, err := fmt.Sscanf(f.Key, "routes[%d]", &n); err == nil && n < len(routes) && !strings.HasSuffix(f.Key, ".from") {
+			named[i].Key = fmt.Sprintf("%s of %.100s", f.Key, routes[n].From)
+		}
+	}
+	return named
 }
 
 // compile makes a configuration ready; what it has in common with old (nil: there

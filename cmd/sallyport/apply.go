@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -12,7 +11,6 @@ import (
 	"sallyport"
 	"sallyport/cmd/internal/config"
 	"sallyport/cmd/internal/run"
-	"sallyport/internal/logging"
 	"sallyport/proto/control"
 )
 
@@ -49,11 +47,7 @@ func apply(ctx context.Context, cmd *cobra.Command, f *config.File) error {
 		return err
 	}
 	defer client.Close()
-	changed, err := config.Apply(ctx, client.Records(), f.Record(gateways, nil, time.Now()))
-	if err != nil {
-		return err
-	}
-	have, err := client.Records().Get(ctx, sallyport.KindConfig, "current")
+	rev, changed, err := config.Apply(ctx, client.Records(), f.Record(gateways, nil, time.Now()))
 	if err != nil {
 		return err
 	}
@@ -61,7 +55,7 @@ func apply(ctx context.Context, cmd *cobra.Command, f *config.File) error {
 	if !changed {
 		word = "already in force"
 	}
-	_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: %d routes, policy revision %d\n", word, len(f.Routes), have.Revision)
+	_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: %d routes, policy revision %d\n", word, len(f.Routes), rev)
 	return err
 }
 
@@ -84,26 +78,4 @@ func gatewaysOf(f *config.File) ([]sallyport.GatewayInfo, error) {
 		ca = string(pem)
 	}
 	return []sallyport.GatewayInfo{f.GatewayInfo(g.PublicURL, ca)}, nil
-}
-
-// dial connects to cached or policyd as an operator: by the admin socket if the
-// daemon runs on this machine, else with the operator's certificate.
-func dial(f *config.File, kind string) (*control.Client, error) {
-	socket := f.Layout().Socket(kind)
-	if _, err := os.Lstat(socket); err == nil {
-		return control.Dial([]string{"unix:" + socket}, nil, logging.Discard())
-	}
-	addrs := f.Connect.Cached
-	if kind == control.KindPolicyd {
-		addrs = f.Connect.Policyd
-	}
-	if len(addrs) == 0 {
-		return nil, run.Failure(kind+" does not run here and connect."+kind+" names no other place",
-			"is it started? its socket would be "+socket, errors.New("nothing to connect to"))
-	}
-	id, err := run.LoadIdentity(f, control.KindOperator)
-	if err != nil {
-		return nil, err
-	}
-	return control.Dial(addrs, id.Client(kind), logging.Discard())
 }

@@ -12,10 +12,10 @@ import (
 
 func configCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "config", Short: "check a configuration, print its schema", Args: run.NoArgs,
+		Use: "config", Short: "check a configuration, list and bring back earlier ones", Args: run.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(&cobra.Command{
+	cmd.AddCommand(configHistoryCommand(), configShowCommand(), configRollbackCommand(), &cobra.Command{
 		Use:   "check FILE",
 		Short: "report every fault of a configuration file",
 		Long: `Checks a file as every daemon that has a section in it would, including routes

@@ -3,14 +3,12 @@ package main
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os/user"
 	"slices"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -22,9 +20,6 @@ import (
 	"sallyport/proto/control"
 )
 
-// callTimeout ends a call on a daemon that does not answer.
-const callTimeout = 10 * time.Second
-
 func sessionsCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "sessions", Short: "list and revoke sessions", Args: run.NoArgs,
@@ -35,31 +30,22 @@ func sessionsCommand() *cobra.Command {
 }
 
 func sessionsListCommand() *cobra.Command {
-	var file, output string
+	var call operatorCall
 	cmd := &cobra.Command{
 		Use:   "ls --config FILE [-o text|json|jsonl]",
 		Short: "list live sessions",
 		Args:  run.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			write, ok := sessionWriters[output]
-			if !ok {
-				return run.Usage("", "-o %s: want text, json or jsonl", output)
-			}
-			f, err := config.Load(file, config.Tool)
-			if err != nil {
-				return err
-			}
-			ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
-			defer cancel()
-			list, err := listSessions(ctx, f)
-			if err != nil {
-				return err
-			}
-			return write(cmd.OutOrStdout(), list)
+			return call.list(cmd, func(ctx context.Context, out output, records *control.Records) error {
+				list, err := listSessions(ctx, records)
+				if err != nil {
+					return err
+				}
+				return sessionListing.write(out, list)
+			})
 		},
 	}
-	run.ConfigFlag(cmd, &file)
-	cmd.Flags().StringVarP(&output, "output", "o", "text", "`format`: text, json or jsonl")
+	call.listFlags(cmd)
 	return cmd
 }
 
@@ -77,21 +63,16 @@ type listedSession struct {
 	Address string                `json:"address,omitempty"`
 }
 
-func listSessions(ctx context.Context, f *config.File) ([]listedSession, error) {
-	client, err := dial(f, control.KindCached)
+func listSessions(ctx context.Context, records sallyport.Lister) ([]listedSession, error) {
+	sessions, err := listAll[sallyport.Session](ctx, records, sallyport.KindSession)
 	if err != nil {
 		return nil, err
 	}
-	defer client.Close()
-	sessions, err := listAll[sallyport.Session](ctx, client.Records(), sallyport.KindSession)
+	users, err := listAll[sallyport.User](ctx, records, sallyport.KindUser)
 	if err != nil {
 		return nil, err
 	}
-	users, err := listAll[sallyport.User](ctx, client.Records(), sallyport.KindUser)
-	if err != nil {
-		return nil, err
-	}
-	devices, err := listAll[sallyport.Device](ctx, client.Records(), sallyport.KindDevice)
+	devices, err := listAll[sallyport.Device](ctx, records, sallyport.KindDevice)
 	if err != nil {
 		return nil, err
 	}
@@ -109,54 +90,13 @@ func listSessions(ctx context.Context, f *config.File) ([]listedSession, error) 
 	return list, nil
 }
 
-// listAll returns the live records of a kind by their ids.
-func listAll[T any](ctx context.Context, l sallyport.Lister, kind sallyport.Kind) (map[string]T, error) {
-	records, err := l.List(ctx, kind)
-	if err != nil {
-		return nil, fmt.Errorf("list %ss: %w", kind, err)
-	}
-	all := make(map[string]T, len(records))
-	for _, r := range records {
-		v, err := sallyport.Decode[T](r)
-		if err != nil {
-			return nil, err
-		}
-		all[r.ID] = v
-	}
-	return all, nil
-}
-
-var sessionWriters = map[string]func(io.Writer, []listedSession) error{
-	"text": func(w io.Writer, list []listedSession) error {
-		t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-		fmt.Fprintln(t, "SESSION\tUSER\tHOST\tKIND\tAGE\tLEFT\tADDRESS")
-		for _, s := range list {
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.Session, cmp.Or(s.Email, string(s.User)), s.Host, s.Kind,
-				rounded(time.Since(s.Created)), rounded(time.Until(s.Expires)), s.Address)
-		}
-		return t.Flush()
+var sessionListing = listing[listedSession]{
+	schema: "sallyport.sessions/v1", key: "sessions",
+	header: "SESSION\tUSER\tHOST\tKIND\tAGE\tLEFT\tADDRESS",
+	row: func(s listedSession) string {
+		return tabbed(s.Session, cmp.Or(s.Email, string(s.User)), s.Host, s.Kind,
+			rounded(time.Since(s.Created)), rounded(time.Until(s.Expires)), s.Address)
 	},
-	"json": func(w io.Writer, list []listedSession) error {
-		enc := json.NewEncoder(w)
-		enc.SetIndent("", "  ")
-		return enc.Encode(map[string]any{"schema": "sallyport.sessions/v1", "sessions": list})
-	},
-	"jsonl": func(w io.Writer, list []listedSession) error {
-		enc := json.NewEncoder(w)
-		for _, s := range list {
-			if err := enc.Encode(s); err != nil {
-				return err
-			}
-		}
-		return nil
-	},
-}
-
-func rounded(d time.Duration) string {
-	if d >= time.Hour {
-		return strings.TrimSuffix(d.Round(time.Minute).String(), "0s")
-	}
-	return d.Round(time.Second).String()
 }
 
 // revocation is what `sessions revoke` was asked for.

@@ -8,6 +8,7 @@ import (
 	"io"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
 
 	"sallyport"
 	"sallyport/proto/control/internal/pb"
@@ -41,7 +42,11 @@ func (c *Client) Policy() *Policy {
 // Authorize implements sallyport.Authorizer. Questions that are asked at the same
 // time travel together.
 func (p *Policy) Authorize(ctx context.Context, questions []sallyport.Request) ([]sallyport.Decision, error) {
-	return p.gather.authorize(ctx, questions)
+	answers, err := p.gather.authorize(ctx, questions)
+	if err != nil && err == ctx.Err() { // who waits for another's call is told what its own would have told
+		err = p.client.failed(ctx, status.FromContextError(err).Err())
+	}
+	return answers, err
 }
 
 func (p *Policy) ask(ctx context.Context, questions []sallyport.Request) ([]sallyport.Decision, error) {

@@ -321,14 +321,12 @@ func (f *File) checkRoutes(d *decoder, l *fault.List) {
 // compile lets policyd's own compiler say what is wrong with the routes taken
 // together: two for one place, destinations that no gateway may dial.
 func (f *File) compile(l *fault.List) {
-	r := f.Record(nil, f.publicHosts(), time.Time{})
 	known := make(map[string]*policy.Policy, len(f.Routes))
 	for _, route := range f.Routes {
 		known[route.Policy.Text] = route.Policy.Parsed
 	}
-	_, err := policy.Compile(r.Routes, policy.Options{
-		Sources: r.PostureSources, TTL: r.PostureTTL, Forbidden: r.Forbidden, ExplainGroups: r.ExplainGroups, Known: known,
-	})
+	r := f.Record(nil, f.publicHosts(), time.Time{})
+	err := loads(r, known)
 	var faults fault.List
 	if errors.As(err, &faults) {
 		*l = append(*l, faults...)

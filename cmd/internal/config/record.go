@@ -1,11 +1,6 @@
 package config
 
 import (
-	"bytes"
-	"context"
-	"encoding/json"
-	"errors"
-	"fmt"
 	"net"
 	"net/url"
 	"slices"
@@ -116,42 +111,6 @@ func hostOf(rawURL string) string {
 		return ""
 	}
 	return u.Hostname()
-}
-
-// Apply writes next as the configuration record. If the record already says the
-// same, nothing is written and the revision stays. changed tells which happened.
-func Apply(ctx context.Context, records sallyport.Records, next sallyport.Config) (changed bool, err error) {
-	op := sallyport.Put(sallyport.KindConfig, currentConfig, next)
-	have, err := records.Get(ctx, sallyport.KindConfig, currentConfig)
-	switch {
-	case errors.Is(err, sallyport.ErrNotFound):
-		op.If.Absent = true
-	case err != nil:
-		return false, fmt.Errorf("apply configuration: %w", err)
-	default:
-		op.If.Revision = have.Revision
-		if old, err := sallyport.Decode[sallyport.Config](have); err == nil && same(old, next) {
-			return false, nil
-		}
-	}
-	if _, err := records.Apply(ctx, []sallyport.Op{op}); err != nil {
-		return false, fmt.Errorf("apply configuration: %w", err)
-	}
-	return true, nil
-}
-
-const currentConfig = "current"
-
-// same compares what two configurations mean, not where they came from.
-func same(a, b sallyport.Config) bool {
-	if !slices.Equal(a.Routes, b.Routes) { // nearly all of it
-		return false
-	}
-	a.Routes, b.Routes = nil, nil
-	a.Applied, a.Source, b.Applied, b.Source = time.Time{}, "", time.Time{}, ""
-	x, errX := json.Marshal(a)
-	y, errY := json.Marshal(b)
-	return errX == nil && errY == nil && bytes.Equal(x, y)
 }
 
 // PortOf returns the port in rawURL; empty if it names none.

@@ -47,6 +47,7 @@ func Policyd(p *run.Process, records sallyport.Records) (*policyd.Server, error)
 	if err != nil {
 		return nil, err
 	}
+	p.OnRefused(server.Refuse)
 	p.Go("policyd", server.Run)
 	return server, nil
 }

@@ -15,7 +15,9 @@ import (
 )
 
 const (
-	pollEvery = 500 * time.Millisecond
+	// pollEvery leaves most of the second in which a change has to take effect to
+	// what it costs to load and to decide again.
+	pollEvery = 200 * time.Millisecond
 	// retryEvery is when a change is tried again that only the moment kept from
 	// being taken.
 	retryEvery = 2 * time.Second
@@ -24,6 +26,10 @@ const (
 // OnReload has f called with each changed, valid configuration. Every f must
 // take the whole change or nothing of it.
 func (p *Process) OnReload(f func(*config.File) error) { p.reloads = append(p.reloads, f) }
+
+// OnRefused has f called with why a changed file was not taken, and with nil once
+// one was. A refusal that only the moment is to blame for is not told.
+func (p *Process) OnRefused(f func(context.Context, error)) { p.refusals = append(p.refusals, f) }
 
 // Stale returns why the file that lies there now is not what the process runs
 // with; nil if it is.
@@ -56,9 +62,7 @@ func (p *Process) watch(file, seen string) func(context.Context) error {
 			}
 			seen, again = stamp(file), time.Time{}
 			next, err := p.reload(running, file)
-			p.mu.Lock()
-			p.stale = err
-			p.mu.Unlock()
+			p.settle(ctx, err)
 			if err != nil {
 				p.Log.Error("configuration not taken, the old one stays", "file", file, "error", err)
 				if passing(err) {
@@ -68,6 +72,19 @@ func (p *Process) watch(file, seen string) func(context.Context) error {
 			}
 			running = next
 		}
+	}
+}
+
+// settle notes how a change ended, and tells those who want to know.
+func (p *Process) settle(ctx context.Context, err error) {
+	p.mu.Lock()
+	p.stale = err
+	p.mu.Unlock()
+	if err != nil && passing(err) {
+		return
+	}
+	for _, f := range p.refusals {
+		f(ctx, err)
 	}
 }
 

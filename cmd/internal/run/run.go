@@ -43,9 +43,10 @@ type Process struct {
 	closers []func() error
 	opened  []io.Closer
 
-	mu      sync.Mutex
-	reloads []func(*config.File) error
-	stale   error // the reason why the last change of the file was not taken
+	mu       sync.Mutex
+	reloads  []func(*config.File) error
+	refusals []func(context.Context, error)
+	stale    error // the reason why the last change of the file was not taken
 }
 
 // Start wires a daemon; see Process.

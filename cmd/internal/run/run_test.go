@@ -199,6 +199,7 @@ func TestCase_J4_NothingHalfStarted(t *testing.T) {
 func TestCase_J9_ReloadIsAtomic(t *testing.T) {
 	var mu sync.Mutex
 	var seen []string
+	var refusals []string // "" is a change that was taken
 	var process *Process
 	up := make(chan struct{})
 	d := start(t, func(p *Process) error {
@@ -208,6 +209,15 @@ func TestCase_J9_ReloadIsAtomic(t *testing.T) {
 			defer mu.Unlock()
 			seen = append(seen, fmt.Sprint(f.ExplainGroups, len(f.Routes)))
 			return nil
+		})
+		p.OnRefused(func(_ context.Context, err error) {
+			mu.Lock()
+			defer mu.Unlock()
+			text := ""
+			if err != nil {
+				_, text, _ = strings.Cut(err.Error(), "f.yaml:")
+			}
+			refusals = append(refusals, text)
 		})
 		close(up)
 		return nil
@@ -230,6 +240,9 @@ func TestCase_J9_ReloadIsAtomic(t *testing.T) {
 	defer mu.Unlock()
 	if got, want := strings.Join(seen, "; "), "true 0; false 0"; got != want {
 		t.Errorf("taken over: %s; want %s", got, want)
+	}
+	if len(refusals) != 4 || !strings.HasPrefix(refusals[0], "4: routes[0]") || refusals[1] != "" || refusals[2] == "" || refusals[3] != "" {
+		t.Errorf("told of refusals: %q; want the line, nothing, the missing file, nothing", refusals)
 	}
 	d.cancel()
 	if err := d.end(); err != nil {

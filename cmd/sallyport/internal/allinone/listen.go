@@ -50,9 +50,9 @@ func (ls *listeners) ready(layout config.Layout) daemons.Ready {
 
 // apply makes the file's routes the configuration record, unless they are
 // already: a restart changes no policy revision.
-func (ls *listeners) apply(ctx context.Context, records sallyport.Records, f *config.File) error {
+func (ls *listeners) apply(ctx context.Context, records config.Store, f *config.File) error {
 	own := []string{ls.gateway.TCP.Addr().String(), ls.authd.Addr().String()}
 	gateways := []sallyport.GatewayInfo{f.GatewayInfo(ls.gateway.URL, ls.gateway.CA)}
-	_, err := config.Apply(ctx, records, f.Record(gateways, own, time.Now()))
+	_, _, err := config.Apply(ctx, records, f.Record(gateways, own, time.Now()))
 	return err
 }
