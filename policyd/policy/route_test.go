@@ -220,6 +220,29 @@ func BenchmarkLookup(b *testing.B) {
 	}
 }
 
+// A policy that is known is taken as it is, and one that is not is read.
+func TestKnownPoliciesAreNotReadAgain(t *testing.T) {
+	routes := []sallyport.Route{{From: "tcp://a:1", Policy: anyone}, {From: "tcp://b:1", Policy: "allow: {or: [{groups: b}]}"}}
+	old, err := Compile(routes, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	routes[1].Policy = "deny: {or: [{groups: b}]}"
+	set, err := Compile(routes, Options{Known: old.Known})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if set.routes[0].policy != old.routes[0].policy {
+		t.Error("a policy that did not change was read again")
+	}
+	if set.routes[1].policy == old.routes[1].policy || len(set.routes[1].policy.deny) != 1 {
+		t.Error("a policy that changed was not read")
+	}
+	if set.Known("allow: {or: [{groups: b}]}") != nil || set.site.Known != nil {
+		t.Error("what is no longer in force is kept")
+	}
+}
+
 // large is what the memory of a site allows: 10,000 routes under one policy of
 // 1,000 rules.
 func large() []sallyport.Route {
