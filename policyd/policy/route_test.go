@@ -88,6 +88,20 @@ func TestCase_I12_networksAsWritten(t *testing.T) {
 	golden(t, "testdata/routes/networks_refused.txtar")
 }
 
+// Targets come in one spelling; another must not get past an address's own route
+// to that of its network.
+func TestOnlyCanonicalAddressesAreDecided(t *testing.T) {
+	set := siteOf(t, 2, func(i int) string { return []string{"tcp://10.0.0.0/8:22", "tcp://[2001:db8::/32]:22"}[i] })
+	for host, want := range map[string]bool{
+		"10.0.0.5": true, "2001:db8::5": true,
+		"::ffff:10.0.0.5": false, "2001:DB8::5": false, "2001:db8:0::5": false, "2001:db8::5%eth0": false, "10.0.0.05": false, "10.0.5": false, "": false,
+	} {
+		if got := set.lookup(sallyport.Target{Network: "tcp", Host: host, Port: 22}) != nil; got != want {
+			t.Errorf("%q: got decided %v; want %v", host, got, want)
+		}
+	}
+}
+
 // The table of a host agrees with asking its routes one after the other.
 func TestNarrowestRangeWins(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
