@@ -89,6 +89,7 @@ func (f *follower) event(ctx context.Context, e sallyport.WatchEvent) error {
 func (f *follower) begin(e sallyport.WatchEvent) {
 	empty := snapshot{epoch: e.Epoch, revision: e.Revision}
 	f.draft, f.count = empty.edit(f.cfg, time.Now()), 0
+	f.draft.known = f.known
 	if old := f.snap.Load(); old != nil {
 		f.draft.rules, f.draft.trust = old.rules, old.trust
 	}
@@ -137,7 +138,7 @@ func (f *follower) change(ctx context.Context, snap *snapshot, e sallyport.Watch
 		return // told already
 	}
 	draft := snap.edit(f.cfg, time.Now())
-	draft.revision = e.Revision
+	draft.revision, draft.known = e.Revision, f.known
 	for _, r := range e.Records {
 		draft.apply(r)
 	}

@@ -11,6 +11,7 @@ import (
 	"sallyport"
 	"sallyport/internal/logging"
 	"sallyport/internal/telemetry"
+	"sallyport/policyd/policy"
 
 	"golang.org/x/sync/errgroup"
 )
@@ -22,6 +23,9 @@ type Deps struct {
 	Records sallyport.Records
 	// Audit gets every decision before it is answered. Required.
 	Audit sallyport.Auditor
+	// Known finds policies that this process has read already, by their text; nil:
+	// there are none.
+	Known func(text string) *policy.Policy
 	// Log; nil: nothing is logged.
 	Log logging.Logger
 	// Metrics takes policyd's figures; nil: nobody counts.
@@ -37,6 +41,7 @@ type Server struct {
 	audit   sallyport.Auditor
 	log     logging.Logger
 	metrics metrics
+	known   func(text string) *policy.Policy // Deps.Known
 
 	snap    atomic.Pointer[snapshot]  // nil before the first complete one
 	revoked atomic.Pointer[overrides] // direct revocations; never nil
@@ -73,6 +78,7 @@ func New(cfg Config, deps Deps) (*Server, error) {
 		cfg: cfg.withDefaults(), records: deps.Records, audit: deps.Audit, log: deps.Log,
 		start: time.Now(), done: make(chan struct{}), advance: make(chan struct{}),
 	}
+	s.known = deps.Known
 	s.revoked.Store(&overrides{})
 	s.replay.kick = make(chan struct{}, 1)
 	s.confirmed.Store(-1)

@@ -79,6 +79,7 @@ type snapshotDraft struct {
 	postures  draft[*held[sallyport.Posture]]
 	externals draft[*held[sallyport.External]]
 
+	known   func(text string) *policy.Policy // Deps.Known
 	now     time.Time
 	changes []sallyport.SubjectChange
 	faults  []error // records that could not be read
@@ -180,7 +181,7 @@ func (d *snapshotDraft) applyConfig(r sallyport.Record) string {
 	c, err := sallyport.Decode[sallyport.Config](r)
 	if err == nil {
 		var next *rules
-		if next, err = compile(d.cfg, &c, r.Revision, d.rules); err == nil {
+		if next, err = compile(d.cfg, &c, r.Revision, d.reuse()); err == nil {
 			d.rules, d.broken = next, nil
 			return "policy changed"
 		}
@@ -217,14 +218,26 @@ func located(err error, routes []sallyport.Route) error {
 	return named
 }
 
-// compile makes a configuration ready; what it has in common with old (nil: there
-// is none) need not be read again.
-func compile(cfg Config, c *sallyport.Config, rev sallyport.Revision, old *rules) (*rules, error) {
+// reuse finds policies that need not be read again: those in force, and what else
+// this process has read.
+func (d *snapshotDraft) reuse() func(text string) *policy.Policy {
+	old := d.rules
+	if old == nil {
+		return d.known
+	}
+	return func(text string) *policy.Policy {
+		if p := old.set.Known(text); p != nil || d.known == nil {
+			return p
+		}
+		return d.known(text)
+	}
+}
+
+// compile makes a configuration ready; known finds policies that need not be read.
+func compile(cfg Config, c *sallyport.Config, rev sallyport.Revision, known func(text string) *policy.Policy) (*rules, error) {
 	opts := policy.Options{
 		Sources: c.PostureSources, TTL: c.PostureTTL, Forbidden: c.Forbidden, ExplainGroups: c.ExplainGroups,
-	}
-	if old != nil {
-		opts.Known = old.set.Policies()
+		Known: known,
 	}
 	if len(opts.Sources) == 0 {
 		opts.Sources = cfg.PostureSources

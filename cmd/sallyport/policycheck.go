@@ -182,7 +182,7 @@ func (c *checker) configuration(path string) error {
 		return err
 	}
 	for i := range f.Routes {
-		c.policy(path, f.Routes[i].From, f.Routes[i].Policy.Parsed, nil)
+		c.policy(path, f.Routes[i].From, f.Known(f.Routes[i].Policy.Text), nil)
 	}
 	return nil
 }

@@ -43,10 +43,11 @@ func (x *index) find(t sallyport.Target) *route {
 		return x.byName(t)
 	}
 	addr, err := netip.ParseAddr(t.Host)
-	if err != nil || addr.Zone() != "" {
-		return nil
+	var canonical [64]byte
+	if err != nil || string(addr.AppendTo(canonical[:0])) != t.Host || addr.Is4In6() || addr.Zone() != "" {
+		return nil // or another spelling would get past the route of the address itself
 	}
-	return x.byAddress(t.Network, addr.Unmap(), t.Port)
+	return x.byAddress(t.Network, addr, t.Port)
 }
 
 // endsInNumber tells addresses from names: no name's last label is a number.

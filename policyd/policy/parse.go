@@ -186,6 +186,8 @@ func (p *parser) policy(n *yaml.Node) *Policy {
 		}
 		p.rules(o, i+1, pol)
 	}
+	// There may be 100,000 rules: what growing left over would be a third of them.
+	pol.allow, pol.deny, pol.observed = slices.Clone(pol.allow), slices.Clone(pol.deny), slices.Clone(pol.observed)
 	return pol
 }
 
@@ -300,7 +302,7 @@ func (p *parser) block(e entry, depth int) (condition, bool) {
 		p.fail(e.value, "%s needs a list of at least one criterion", e.key)
 		return condition{}, false
 	}
-	c := condition{op: operators[e.key], at: placeOf(e.at)}
+	c := condition{op: operators[e.key], at: placeOf(e.at), of: make([]condition, 0, len(e.value.Content))}
 	for _, n := range e.value.Content {
 		if p.full() {
 			break

@@ -28,9 +28,9 @@ type Options struct {
 	Forbidden []string
 	// ExplainGroups lets explanations name groups and claims.
 	ExplainGroups bool
-	// Known are policies that need not be read again, by their text: those of the
-	// Set before, as its Policies returns them.
-	Known map[string]*Policy
+	// Known finds a policy that need not be read again by its text, for example in
+	// the Set before; nil where it is none, and nil for: none is known.
+	Known func(text string) *Policy
 }
 
 func (o Options) withDefaults() Options {
@@ -183,15 +183,20 @@ func (c *compiler) name(i int, first map[string]int) {
 }
 
 // policies gives each route its policy; routes with the same text share one.
-func (c *compiler) policies(routes []sallyport.Route, known map[string]*Policy) {
+func (c *compiler) policies(routes []sallyport.Route, known func(text string) *Policy) {
+	if known == nil {
+		known = func(string) *Policy { return nil }
+	}
 	c.set.policies = make(map[string]*Policy, len(routes))
 	var unread []string
 	for i := range routes {
 		text := routes[i].Policy
 		if _, met := c.set.policies[text]; !met {
-			if c.set.policies[text] = known[text]; known[text] == nil {
+			p := known(text)
+			if p == nil {
 				unread = append(unread, text)
 			}
+			c.set.policies[text] = p
 		}
 	}
 	refused := map[string]error{}
@@ -234,8 +239,8 @@ func parseAll(texts []string) []parsed {
 	return out
 }
 
-// Policies are the policies of the routes by their text, for Options.Known.
-func (s *Set) Policies() map[string]*Policy { return s.policies }
+// Known returns the policy of a text that some route has, or nil.
+func (s *Set) Known(text string) *Policy { return s.policies[text] }
 
 // lookup finds the route that decides t, or nil.
 func (s *Set) lookup(t sallyport.Target) *route { return s.index.find(t) }

@@ -63,7 +63,8 @@ type File struct {
 	ExplainGroups bool `yaml:"explain_groups"`
 
 	path    string
-	present map[string]bool // sections that stand in the file
+	present map[string]bool           // sections that stand in the file
+	parsed  map[string]*policy.Policy // of the routes, by text
 }
 
 // Log says what a daemon logs.
@@ -130,10 +131,10 @@ type Route struct {
 
 // Policy is the policy of a route. It was checked when the file was read.
 type Policy struct {
-	// Text is what stands in the file, on one line and without comments.
+	// Text is what stands in the file, in few words and without comments.
 	Text string
-	// Parsed has the file's lines and columns.
-	Parsed *policy.Policy
+
+	parsed *policy.Policy // with the file's lines and columns
 }
 
 // Who reads a file besides the daemons.
@@ -188,6 +189,9 @@ func parse(path string, text []byte, reader string) (*File, error) {
 	}
 	if len(d.problems) > 0 {
 		return nil, d.problems.sorted()
+	}
+	if reader != "policyd" && slices.Contains(Daemons, reader) {
+		f.parsed = nil // nobody there decides
 	}
 	return f, nil
 }
@@ -321,12 +325,16 @@ func (f *File) checkRoutes(d *decoder, l *fault.List) {
 // compile lets policyd's own compiler say what is wrong with the routes taken
 // together: two for one place, destinations that no gateway may dial.
 func (f *File) compile(l *fault.List) {
-	known := make(map[string]*policy.Policy, len(f.Routes))
-	for _, route := range f.Routes {
-		known[route.Policy.Text] = route.Policy.Parsed
+	f.parsed = make(map[string]*policy.Policy, len(f.Routes))
+	for i := range f.Routes {
+		p := &f.Routes[i].Policy
+		if f.parsed[p.Text] == nil {
+			f.parsed[p.Text] = p.parsed
+		}
+		p.parsed = nil
 	}
 	r := f.Record(nil, f.publicHosts(), time.Time{})
-	err := loads(r, known)
+	err := loads(r, f.Known)
 	var faults fault.List
 	if errors.As(err, &faults) {
 		*l = append(*l, faults...)
@@ -338,6 +346,10 @@ func (f *File) compile(l *fault.List) {
 			size, cached.MaxPayload)
 	}
 }
+
+// Known returns the policy of a route by its text, or nil. The policy has the
+// file's lines and columns.
+func (f *File) Known(text string) *policy.Policy { return f.parsed[text] }
 
 // Path is the file's name as it was given.
 func (f *File) Path() string { return f.path }

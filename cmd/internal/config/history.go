@@ -227,8 +227,8 @@ func (e *LoadError) Unwrap() error { return e.Err }
 // Loads returns nil if policyd would take c.
 func Loads(c sallyport.Config) error { return loads(c, nil) }
 
-// loads is Loads for who has read some of the policies already, by their text.
-func loads(c sallyport.Config, known map[string]*policy.Policy) error {
+// loads is Loads for who has read some of the policies already.
+func loads(c sallyport.Config, known func(text string) *policy.Policy) error {
 	_, err := policy.Compile(c.Routes, policy.Options{
 		Sources: c.PostureSources, TTL: c.PostureTTL, Forbidden: c.Forbidden, ExplainGroups: c.ExplainGroups, Known: known,
 	})

@@ -28,7 +28,7 @@ func sameInPieces(t *testing.T, text string, pieces int) bool {
 	if len(whole.problems) > 0 {
 		t.Fatalf("read in pieces in spite of\n%v\n%s", whole.problems, text)
 	}
-	opts := cmp.Options{cmpopts.IgnoreUnexported(File{}), cmp.Comparer(func(a, b *policy.Policy) bool { return reflect.DeepEqual(a, b) })}
+	opts := cmp.Options{cmpopts.IgnoreUnexported(File{}), cmp.AllowUnexported(Policy{}), cmp.Comparer(func(a, b *policy.Policy) bool { return reflect.DeepEqual(a, b) })}
 	if diff := cmp.Diff(want, got, opts); diff != "" {
 		t.Fatalf("-whole +pieces:\n%s\n%s", diff, text)
 	}

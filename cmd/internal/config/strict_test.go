@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/rogpeppe/go-internal/txtar"
 )
 
@@ -74,7 +75,7 @@ level: info
 		Free: map[string]any{"deep": []any{1, "two"}}, Inner: inner{":1"}, Pointer: &inner{":2"}, List: []inner{{":3"}},
 		Shared: Shared{"info"},
 	}
-	if diff := cmp.Diff(want, got, cmp.AllowUnexported(sample{}, Shared{}), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(sample{}, Shared{}), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), cmpopts.IgnoreUnexported(Policy{})); diff != "" {
 		t.Error(diff)
 	}
 	for key, line := range map[string]int{"name": 2, "list[0].listen": 14, "list[0].missing": 14, "nothing": 2} {

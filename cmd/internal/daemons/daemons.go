@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"sync/atomic"
 
 	"sallyport"
 	"sallyport/audit"
@@ -19,6 +20,7 @@ import (
 	"sallyport/cmd/internal/run"
 	"sallyport/gateway"
 	"sallyport/policyd"
+	"sallyport/policyd/policy"
 	"sallyport/proto/control"
 )
 
@@ -43,7 +45,14 @@ func Policyd(p *run.Process, records sallyport.Records) (*policyd.Server, error)
 	if err != nil {
 		return nil, err
 	}
-	server, err := policyd.New(p.Config.Policyd, policyd.Deps{Records: records, Audit: auditor, Log: p.Log.Named("policyd"), Metrics: p.Metrics()})
+	// What the file's reader has parsed policyd need not parse again.
+	var newest atomic.Pointer[config.File]
+	newest.Store(p.Config)
+	p.OnReload(func(f *config.File) error { newest.Store(f); return nil })
+	server, err := policyd.New(p.Config.Policyd, policyd.Deps{
+		Records: records, Audit: auditor, Log: p.Log.Named("policyd"), Metrics: p.Metrics(),
+		Known: func(text string) *policy.Policy { return newest.Load().Known(text) },
+	})
 	if err != nil {
 		return nil, err
 	}
