@@ -1,14 +1,20 @@
 package main
 
 import (
+	"context"
+	"crypto/ed25519"
+	"encoding/json"
 	"flag"
 	"net"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"sallyport"
+	"sallyport/audit"
 	"sallyport/cmd/internal/run"
 )
 
@@ -26,8 +32,9 @@ func TestScripts(t *testing.T) {
 		RequireExplicitExec: true,
 		UpdateScripts:       *update,
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"exit": wantExit,
-			"busy": busy,
+			"exit":  wantExit,
+			"busy":  busy,
+			"chain": chain,
 		},
 	})
 }
@@ -65,6 +72,35 @@ func busy(ts *testscript.TestScript, _ bool, _ []string) {
 		ts.Fatalf("busy: %v", err)
 	}
 	ts.Setenv("BUSY", port)
+}
+
+// chain appends the records of FILE, JSON one a line, to a daemon's audit chain
+// that no key protects: chain DIR FILE.
+func chain(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: chain DIR FILE")
+	}
+	_, key, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		ts.Fatalf("chain: %v", err)
+	}
+	dir := ts.MkAbs(args[0])
+	log, err := audit.Open(dir, filepath.Base(dir), key, audit.Options{})
+	if err != nil {
+		ts.Fatalf("chain: %v", err)
+	}
+	for line := range strings.Lines(ts.ReadFile(args[1])) {
+		var r sallyport.AuditRecord
+		if err := json.Unmarshal([]byte(line), &r); err != nil {
+			ts.Fatalf("chain: %s: %v", line, err)
+		}
+		if err := log.Append(context.Background(), r); err != nil {
+			ts.Fatalf("chain: %v", err)
+		}
+	}
+	if err := log.Close(); err != nil {
+		ts.Fatalf("chain: %v", err)
+	}
 }
 
 // TestEveryCommandHasHelp: nobody has to guess what a command is for.

@@ -20,9 +20,12 @@ const (
 	maxCELText = 4 << 10 // bytes of an expression
 	// maxCELCost bounds an evaluation in CEL's own units, before and while it
 	// runs; the dearest units take 100 ns each.
-	maxCELCost  = 5_000
-	maxCELNest  = 2   // loops within loops
-	maxCELRegex = 100 // instructions of a compiled regular expression
+	maxCELCost   = 3_000
+	maxCELNest   = 2   // loops within loops
+	maxCELDepth  = 32  // operators within each other: types of literals grow with it
+	maxCELRegex  = 100 // instructions of a compiled regular expression
+	maxCELTrials = 512 // decisions of a search for remedies
+	maxCELFaults = 8   // that are told of one expression
 	// maxCELMatch bounds instructions times bytes of text, which is what RE2's
 	// algorithm takes: some 100 µs.
 	maxCELMatch = 1 << 15
@@ -69,12 +72,17 @@ func newProgram(env *cel.Env, checked *cel.Ast) func() (cel.Program, error) {
 	})
 }
 
-// celCosts charges calls on values whose types are known only while the
-// expression runs: CEL takes one unit for them, however long two texts are that it
-// joins.
+// celCosts charges what CEL's own tables misjudge: a membership of groups is
+// found by bisection; calls on values whose types are known only while the
+// expression runs would be one unit, however long two texts are that they join.
 type celCosts struct{}
 
 func (celCosts) CallCost(_, overload string, args []ref.Val, result ref.Val) *uint64 {
+	if overload == overloads.InList {
+		if _, is := args[1].(*celGroups); is {
+			return new(uint64)
+		}
+	}
 	if overload != "" {
 		return nil // CEL's own
 	}
@@ -86,7 +94,7 @@ func (celCosts) CallCost(_, overload string, args []ref.Val, result ref.Val) *ui
 	return &units
 }
 
-var errCELMatch = errors.New("a text too long to be matched")
+const celTooLong celMissing = "a text is too long to be matched"
 
 // boundedMatch makes matches() refuse texts that would take too long.
 func boundedMatch(overload string) *interpreter.RegexOptimization {
@@ -104,7 +112,7 @@ func boundedMatch(overload string) *interpreter.RegexOptimization {
 				case !ok:
 					return types.MaybeNoSuchOverloadErr(args[0])
 				case len(text) > longest:
-					return types.WrapErr(errCELMatch)
+					return types.WrapErr(celTooLong)
 				}
 				return types.Bool(re.MatchString(string(text)))
 			}
@@ -118,12 +126,12 @@ func (c *expression) eval(in *Input) Value {
 	return v
 }
 
-var errNoSession = errors.New("no live session")
+const celNoSession celMissing = "no live session"
 
 // run returns the value and, if that is unknown, why.
 func (c *expression) run(in *Input) (Value, error) {
 	if in.Person == nil && len(c.refs) > 0 {
-		return Unknown, errNoSession
+		return Unknown, celNoSession
 	}
 	in.peer = in.peer || c.peer
 	for i := range c.ticks {
@@ -201,11 +209,12 @@ func (c *expression) found(in *Input) (string, time.Duration) {
 // celReason says what went wrong without the values at which it did: an
 // expression can hold names of other people.
 func celReason(err error) string {
+	var missing celMissing
+	if errors.As(err, &missing) {
+		return string(missing)
+	}
 	text := err.Error()
 	switch {
-	case errors.Is(err, errNoSession), errors.Is(err, errCELNoDevice), errors.Is(err, errCELNoGroups), errors.Is(err, errCELMatch),
-		errors.Is(err, errCELNoFact):
-		return text
 	case strings.HasPrefix(text, "no such key: "):
 		return valueWords(text)
 	case strings.HasPrefix(text, "no such overload"):

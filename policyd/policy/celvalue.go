@@ -157,7 +157,7 @@ func (a *celInput) ResolveName(name string) (any, bool) {
 		return celGroupsOf(in), true
 	case "device":
 		if in.celLacksDevice() {
-			return types.WrapErr(errCELNoDevice), true
+			return types.WrapErr(celNoDevice), true
 		}
 		return in, true
 	case "user", "session", "request":
@@ -169,10 +169,15 @@ func (a *celInput) ResolveName(name string) (any, bool) {
 // Parent implements cel.Activation.
 func (a *celInput) Parent() cel.Activation { return nil }
 
-var (
-	errCELNoDevice = errors.New("this session has no device")
-	errCELNoGroups = errors.New("the directory does not know you")
-	errCELNoFact   = errors.New("this device did not tell, or it is too old, or its source does not count")
+// celMissing says what is not there, in words that may be told.
+type celMissing string
+
+func (e celMissing) Error() string { return string(e) }
+
+const (
+	celNoDevice celMissing = "this session has no device"
+	celNoGroups celMissing = "the directory does not know you"
+	celNoFacts  celMissing = "facts stand by name"
 )
 
 func (in *Input) celLacksDevice() bool {
@@ -272,9 +277,9 @@ func (f *celFacts) Get(key ref.Val) ref.Val {
 	if !isText {
 		return types.MaybeNoSuchOverloadErr(key)
 	}
-	v, left := (*Input)(f).celFact(string(name))
+	v, left, why := (*Input)(f).celFact(string(name))
 	if v == nil {
-		return types.WrapErr(errCELNoFact)
+		return types.WrapErr(celMissing(string(name) + ": " + why))
 	}
 	if left != 0 {
 		(*Input)(f).lasts(left)
@@ -282,16 +287,17 @@ func (f *celFacts) Get(key ref.Val) ref.Val {
 	return types.DefaultTypeAdapter.NativeToValue(v)
 }
 
-// celFact returns a fact that counts, and for how long it does (0: for ever).
-func (in *Input) celFact(name string) (any, time.Duration) {
+// celFact returns a fact that counts, and for how long it does (0: for ever); or
+// nil, and why it does not.
+func (in *Input) celFact(name string) (v any, left time.Duration, why string) {
 	if in.recall != nil {
-		return in.recall[celRef{"device", "facts", name}.String()], 0
+		return in.recall[celRef{"device", "facts", name}.String()], 0, "not recorded"
 	}
-	got, left, _ := (&fact{name: name}).lookup(in)
+	got, left, why := (&fact{name: name}).lookup(in)
 	if left <= 0 {
-		return nil, 0
+		return nil, 0, strings.TrimSuffix(strings.TrimPrefix(why, "unknown ("), ")")
 	}
-	return got.Value, left
+	return got.Value, left, ""
 }
 
 func (f *celFacts) IsSet(key ref.Val) ref.Val {
@@ -301,9 +307,9 @@ func (f *celFacts) IsSet(key ref.Val) ref.Val {
 	return types.True
 }
 
-func (f *celFacts) ConvertToNative(reflect.Type) (any, error) { return nil, errCELNoFact }
-func (f *celFacts) ConvertToType(ref.Type) ref.Val            { return types.WrapErr(errCELNoFact) }
-func (f *celFacts) Equal(ref.Val) ref.Val                     { return types.WrapErr(errCELNoFact) }
+func (f *celFacts) ConvertToNative(reflect.Type) (any, error) { return nil, celNoFacts }
+func (f *celFacts) ConvertToType(ref.Type) ref.Val            { return types.WrapErr(celNoFacts) }
+func (f *celFacts) Equal(ref.Val) ref.Val                     { return types.WrapErr(celNoFacts) }
 func (f *celFacts) Type() ref.Type                            { return types.MapType }
 func (f *celFacts) Value() any                                { return f }
 
@@ -316,7 +322,7 @@ func celGroupsOf(in *Input) ref.Val {
 		g = recallGroups(in.recall)
 	}
 	if !g.known() {
-		return types.WrapErr(errCELNoGroups)
+		return types.WrapErr(celNoGroups)
 	}
 	return (*celGroups)(g)
 }
@@ -382,7 +388,7 @@ func (r celRef) record(in *Input) any {
 	case r.object == "groups":
 		return in.Person.Groups.names
 	case r.object == "device" && r.key != "":
-		v, _ := in.celFact(r.key)
+		v, _, _ := in.celFact(r.key)
 		return v
 	}
 	v := celObjects[r.object][r.field].get(in)
@@ -401,7 +407,11 @@ func (r celRef) record(in *Input) any {
 
 // recallValues makes expressions see what from recorded of the person, instead
 // of in.Person: only what they refer to is known then.
-func (in *Input) recallValues(from *Inputs) { in.recall = from.Values }
+func (in *Input) recallValues(from *Inputs) {
+	if in.recall = from.Values; in.recall == nil {
+		in.recall = map[string]any{}
+	}
+}
 
 // recallField returns a field as it was recorded.
 func (in *Input) recallField(at celRef, is *cel.Type) ref.Val {

@@ -38,7 +38,7 @@ func (h *search) proposals(c criterion, want Value) []change {
 			}
 		}
 	case *deviceField:
-		if !h.in.Person.Device.Approved && c.match.value(true) == want {
+		if c.match.value(true) == want {
 			out = append(out, change{by: c, to: want})
 		}
 	case *sessionAge:

@@ -15,8 +15,9 @@ type Answer struct {
 	// DependsOnPeer: the peer's address was looked at.
 	DependsOnPeer bool
 
-	route *route // nil: no such target
+	route *route // nil: no such target, or none that the person may know of
 	rule  *rule  // that decided; nil: none
+	asked *route // that was looked at; beside route also one that hides itself
 }
 
 // Rule is the name of the rule that decided; empty if none matched.
@@ -53,10 +54,11 @@ func (s *Set) Decide(in *Input) Answer {
 	} else if a.route = s.lookup(in.Request.Target); a.route == nil {
 		a.Verdict = nowhere(in)
 	} else {
+		a.asked = a.route
 		a.Verdict, a.rule = a.route.decide(in)
 		if a.route.hidden && a.Verdict != sallyport.VerdictAllow {
-			a = Answer{Verdict: nowhere(in)}
-			in.prepare(&s.site) // what was looked at leaves no trace
+			a = Answer{Verdict: nowhere(in), asked: a.asked}
+			in.prepare(&s.site) // what was looked at leaves no trace in the answer
 		}
 	}
 	a.ValidFor, a.DependsOnPeer = in.until, in.peer
@@ -163,12 +165,13 @@ func (a Answer) Subjects(in *Input) []sallyport.Subject {
 	return append(out, sallyport.Subject{Kind: sallyport.SubjectPolicy})
 }
 
-// Inputs returns what the route's rules look at, for the audit log.
+// Inputs returns what the route's rules look at, also those of a route that
+// hides itself: the audit log is not for the person who asked.
 func (a Answer) Inputs(in *Input) Inputs {
 	out := Inputs{Now: in.Now, Absent: in.Absent}
-	if a.route != nil {
-		a.route.each(func(c criterion) { c.note(in, &out) })
-		a.route.eachWatched(func(c criterion) { c.note(in, &out) })
+	if a.asked != nil {
+		a.asked.each(func(c criterion) { c.note(in, &out) })
+		a.asked.eachWatched(func(c criterion) { c.note(in, &out) })
 	}
 	return out
 }

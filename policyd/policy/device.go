@@ -300,13 +300,13 @@ func (f *fact) note(in *Input, to *Inputs) {
 	}
 	to.Facts[f.name] = nil
 	if got, _, _ := f.lookup(in); got.Source != "" {
-		to.Facts[f.name] = &FactInput{got.Value, got.Source, in.age(&got).Milliseconds()}
+		to.Facts[f.name] = &FactInput{got.Value, got.Source, in.age(&got)}
 	}
 }
 
 func (f *fact) recalled(from *Inputs) bool {
 	_, ok := from.Facts[f.name]
-	return ok
+	return ok || from.Device != nil && from.Device.ID == ""
 }
 
 const noDevice = "unknown (this session has no device)"

@@ -26,5 +26,7 @@
 // # Where to add a criterion
 //
 // A row in the table criteria (criterion.go) and a type that implements
-// criterion. Deciding, explaining, listing and what-if all go through it.
+// criterion. Deciding, explaining, listing, what-if and [Set.Replay] all go
+// through it. [Policy.Lint] compares tests of criteria that subjectOf knows
+// (formula.go); others only with themselves.
 package policy

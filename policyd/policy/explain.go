@@ -15,6 +15,11 @@ const maxReasons = 64
 // for those who ask "why", an allow is explained too: what made it true, and what
 // the other rules lacked. in must be as it was for a.
 func (s *Set) Reasons(in *Input, a Answer, all bool) []sallyport.Reason {
+	return s.reasons(in, a, all, func(criterion) bool { return true })
+}
+
+// reasons is Reasons about the criteria that tell approves of.
+func (s *Set) reasons(in *Input, a Answer, all bool, tell func(criterion) bool) []sallyport.Reason {
 	in.prepare(&s.site)
 	switch {
 	case in.Person == nil && a.Verdict == sallyport.VerdictLogin:
@@ -24,7 +29,7 @@ func (s *Set) Reasons(in *Input, a Answer, all bool) []sallyport.Reason {
 	case a.route == nil, a.Verdict == sallyport.VerdictAllow && !all:
 		return nil
 	}
-	e := explanation{in: in, route: a.route, open: s.site.ExplainGroups}
+	e := explanation{in: in, route: a.route, open: s.site.ExplainGroups, tell: tell}
 	for i := range a.route.policy.deny {
 		r := &a.route.policy.deny[i]
 		if r.when.full(in) != False {
@@ -62,6 +67,7 @@ type explanation struct {
 	in      *Input
 	route   *route
 	open    bool
+	tell    func(criterion) bool
 	reasons []sallyport.Reason
 }
 
@@ -70,7 +76,7 @@ func (e *explanation) of(r *rule) func(c criterion, got, want Value) {
 }
 
 func (e *explanation) add(r *rule, c criterion, got, want Value) {
-	if len(e.reasons) == maxReasons {
+	if len(e.reasons) == maxReasons || !e.tell(c) {
 		return
 	}
 	wanted := c.wanted(e.open)

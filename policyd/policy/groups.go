@@ -73,7 +73,7 @@ func (c *groups) note(in *Input, to *Inputs) {
 }
 
 func (c *groups) recalled(from *Inputs) bool {
-	return from.NoDirectory || !slices.ContainsFunc(c.tests, func(t test) bool {
+	return from.NoDirectory || from.groupsAreAll() || !slices.ContainsFunc(c.tests, func(t test) bool {
 		_, ok := from.Groups[t.of[0].s]
 		return !ok
 	})

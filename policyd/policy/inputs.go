@@ -40,13 +40,13 @@ type DeviceInput struct {
 
 // FactInput is a fact as it was looked at.
 type FactInput struct {
-	Value  any    `json:"value"`
-	Source string `json:"source"`
-	AgeMS  int64  `json:"age_ms"`
+	Value  any           `json:"value"`
+	Source string        `json:"source"`
+	Age    time.Duration `json:"age"` // nanoseconds
 }
 
 // LoginInput is how, and how long ago, the person logged in.
 type LoginInput struct {
-	AgeMS       int64    `json:"age_ms"` // below zero: not known
-	AuthMethods []string `json:"auth_methods,omitempty"`
+	Age         time.Duration `json:"age"` // nanoseconds; below zero: not known
+	AuthMethods []string      `json:"auth_methods,omitempty"`
 }

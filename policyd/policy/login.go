@@ -100,7 +100,7 @@ func (c *sessionAge) wanted(bool) string {
 	for _, l := range c.limits {
 		out = append(out, words[l.op]+shortDuration(l.of))
 	}
-	return "logged in " + strings.Join(out, " and ") + " ago"
+	return strings.Join(out, " and ")
 }
 
 func (c *sessionAge) found(in *Input) (string, time.Duration) {
@@ -111,7 +111,7 @@ func (c *sessionAge) found(in *Input) (string, time.Duration) {
 	if !known {
 		return "unknown (nobody knows when you logged in)", 0
 	}
-	return "logged in " + shortDuration(max(age, 0).Truncate(time.Second)) + " ago", 0
+	return shortDuration(max(age, 0).Truncate(time.Second)), 0
 }
 
 func (c *sessionAge) note(in *Input, to *Inputs) { noteLogin(in, to) }
@@ -121,9 +121,9 @@ func noteLogin(in *Input, to *Inputs) {
 	if in.Person == nil {
 		return
 	}
-	to.Login = &LoginInput{AgeMS: -1, AuthMethods: in.Person.authMethods()}
+	to.Login = &LoginInput{Age: -1, AuthMethods: in.Person.authMethods()}
 	if age, known := in.loginAge(); known {
-		to.Login.AgeMS = max(age, 0).Milliseconds()
+		to.Login.Age = max(age, 0)
 	}
 }
 

@@ -61,18 +61,23 @@ type rule struct {
 }
 
 // Parse reads a policy. The error is Errors.
-func Parse(text []byte) (*Policy, error) {
+func Parse(text []byte) (*Policy, error) { return parse(text, new(expressions)) }
+
+// parse is Parse; policies that are parsed with the same cels share expressions.
+func parse(text []byte, cels *expressions) (*Policy, error) {
 	n, err := document(text)
 	if err != nil {
 		return nil, Errors{err}
 	}
-	return ParseNode(n)
+	return parseNode(n, cels)
 }
 
 // ParseNode reads a policy that stands in a bigger YAML file; lines and columns
 // are those of the file. The error is Errors.
-func ParseNode(n *yaml.Node) (*Policy, error) {
-	var p parser
+func ParseNode(n *yaml.Node) (*Policy, error) { return parseNode(n, new(expressions)) }
+
+func parseNode(n *yaml.Node, cels *expressions) (*Policy, error) {
+	p := parser{cels: cels}
 	if n.Kind == yaml.DocumentNode && len(n.Content) == 1 {
 		n = n.Content[0]
 	}
@@ -150,6 +155,7 @@ func position(text []byte, i int) (line, column int) {
 // no use, after having noted why.
 type parser struct {
 	errs Errors
+	cels *expressions
 }
 
 func (p *parser) fail(n *yaml.Node, format string, args ...any) {

@@ -213,9 +213,9 @@ func (c *record) found(in *Input) (string, time.Duration) {
 	fields, ok := in.external(c.typ, id)
 	switch {
 	case c.exists != Unknown && ok:
-		return "exists", 0
+		return "there", 0
 	case c.exists != Unknown:
-		return "does not exist", 0
+		return "not there", 0
 	case !ok:
 		return "unknown (no such record)", 0
 	case fields[c.field] == nil:

@@ -56,7 +56,7 @@ func TestInputsOfRecordsAndLogins(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := `{"now":"2026-06-01T12:00:00Z","device":{"id":"d1","approved":false},"login":{"age_ms":5400000,"auth_methods":["pwd"]},` +
+	want := `{"now":"2026-06-01T12:00:00Z","device":{"id":"d1","approved":false},"login":{"age":5400000000000,"auth_methods":["pwd"]},` +
 		`"records":{"a/b/u1":null,"mdm/d1":{"state":null},"risk/u1":{"score":50},"tor/192.0.2.1":null}}`
 	if string(text) != want {
 		t.Errorf("got  %s\nwant %s", text, want)

@@ -14,15 +14,15 @@ const (
 	maxAnswers = 8
 
 	// What searches may cost, in conditions looked at; one takes a few nanoseconds.
-	batchCost  = 1 << 23
+	batchCost  = 1 << 22
 	searchCost = 1 << 20
 	leastCost  = 1 << 12 // … even when the batch has spent its budget: enough for common denials
-	buildCost  = 16      // of taking a criterion into the formula
+	buildCost  = 32      // of taking a criterion into the formula
 	askCost    = 1 << 10 // of asking a route again
 )
 
 // Budget bounds what the searches for remedies of one batch of questions cost
-// together, to some tens of milliseconds. It belongs to one goroutine. The zero
+// together, to about twenty milliseconds. It belongs to one goroutine. The zero
 // Budget is a whole one.
 type Budget struct{ spent int }
 
@@ -132,6 +132,9 @@ func newSearch(in *Input, r *route, cost int) *search {
 	for i := range r.policy.allow {
 		allow = append(allow, h.formula(&r.policy.allow[i].when, True))
 	}
+	if h.left <= 0 {
+		return h // too big a policy for what is left: nothing is proposed
+	}
 	h.allow = joined(allOf, append(parts, joined(anyOf, allow)))
 	h.allow.each(h.gather)
 	h.logins()
@@ -185,7 +188,7 @@ func joined(kind formulaKind, of []formula) formula {
 
 func (h *search) literal(c criterion, want Value) formula {
 	if h.left -= buildCost; h.left <= 0 {
-		return formula{} // too big a policy: nothing helps
+		return formula{}
 	}
 	if h.about(c) != "" {
 		return formula{kind: choice, is: c, want: want}
@@ -261,7 +264,6 @@ func (h *search) bind(f formula) formula {
 	default:
 		return f
 	}
-	h.left -= buildCost
 	now := f.is.eval(h.in) == f.want
 	if f.atom < 0 { // one atom too many
 		return constantly(now)

@@ -220,12 +220,13 @@ type parsed struct {
 // with many routes waits for.
 func parseAll(texts []string) []parsed {
 	out := make([]parsed, len(texts))
+	cels := new(expressions)
 	var next atomic.Int64
 	var wg sync.WaitGroup
 	for range min(runtime.GOMAXPROCS(0), len(texts)) {
 		wg.Go(func() {
 			for i := int(next.Add(1)) - 1; i < len(texts); i = int(next.Add(1)) - 1 {
-				out[i].policy, out[i].err = Parse([]byte(texts[i]))
+				out[i].policy, out[i].err = parse([]byte(texts[i]), cels)
 			}
 		})
 	}

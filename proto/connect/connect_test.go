@@ -130,6 +130,19 @@ func TestDenial(t *testing.T) {
 	}
 }
 
+func TestFixSaysWhetherToLogIn(t *testing.T) {
+	for hint, want := range map[string]string{
+		"turn on the firewall":       "turn on the firewall; then this is allowed, no new login needed",
+		"run: agent login":           "run: agent login; then this is allowed",
+		"log in again: agent extend": "log in again: agent extend; then this is allowed",
+	} {
+		d := sallyport.Decision{WouldAllowIf: [][]sallyport.Remedy{{{Condition: "x", Hint: hint}}}}
+		if got := Fix(d); got != want {
+			t.Errorf("got %q; want %q", got, want)
+		}
+	}
+}
+
 func TestExplain(t *testing.T) {
 	want := []string{
 		`why:  rule "finance" matched you, but 1 condition failed:`,

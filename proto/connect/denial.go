@@ -101,7 +101,7 @@ func Fix(d sallyport.Decision) string {
 		if r.Hint == "" {
 			steps[i] = "make " + r.Condition + " " + r.Want
 		}
-		login = login || strings.Contains(r.Hint, "agent login")
+		login = login || strings.Contains(r.Hint, "agent login") || strings.Contains(r.Hint, "log in")
 	}
 	fix := strings.Join(steps, " and ") + "; then this is allowed"
 	if !login {

@@ -16,6 +16,8 @@ import (
 	"slices"
 	"time"
 
+	"go.yaml.in/yaml/v3"
+
 	"sallyport"
 	"sallyport/authd"
 	"sallyport/cached"
@@ -157,6 +159,20 @@ func Load(path, reader string) (*File, error) {
 
 func newFile(path string) *File { return &File{path: path, present: map[string]bool{}} }
 
+// IsFile reports whether text is a configuration, and not a policy alone.
+func IsFile(text []byte) bool {
+	var doc yaml.Node
+	if err := yaml.Unmarshal(text, &doc); err != nil || len(doc.Content) != 1 || doc.Content[0].Kind != yaml.MappingNode {
+		return false // what is no YAML is for the policy's parser to refuse
+	}
+	for i, n := range doc.Content[0].Content {
+		if i%2 == 0 && (n.Value == "routes" || n.Value == "data_dir" || n.Value == "domain") {
+			return true
+		}
+	}
+	return false
+}
+
 func parse(path string, text []byte, reader string) (*File, error) {
 	d, f, ok := (*decoder)(nil), (*File)(nil), false
 	if len(text) >= worthCutting {
@@ -213,7 +229,7 @@ func (f *File) check(d *decoder, reader string) {
 	f.checkRoutes(d, &l)
 	for _, p := range l {
 		if !d.isBad(p.Key) {
-			d.problems = append(d.problems, Problem{f.path, d.line(p.Key), p.Key, p.Message})
+			d.problems = append(d.problems, Problem{File: f.path, Line: d.line(p.Key), Key: p.Key, Message: p.Message})
 		}
 	}
 }

@@ -11,6 +11,7 @@ import (
 type Problem struct {
 	File    string
 	Line    int    // from 1; 0 if the fault has no line
+	Column  int    // from 1; 0 outside of policies
 	Key     string // "authd.idp.issuer", "routes[2].from"; empty for the whole file
 	Message string
 }
@@ -25,6 +26,9 @@ func (p Problem) Error() string {
 	b.WriteString(": ")
 	if p.Key != "" {
 		b.WriteString(p.Key + ": ")
+	}
+	if p.Column > 0 {
+		fmt.Fprintf(&b, "column %d: ", p.Column)
 	}
 	b.WriteString(p.Message)
 	return b.String()

@@ -51,7 +51,7 @@ func (d *decoder) decode(text []byte, v any) {
 
 func (d *decoder) fault(line int, key, format string, args ...any) {
 	d.bad[key] = true
-	d.problems = append(d.problems, Problem{d.file, line, key, printable(fmt.Sprintf(format, args...))})
+	d.problems = append(d.problems, Problem{File: d.file, Line: line, Key: key, Message: printable(fmt.Sprintf(format, args...))})
 }
 
 // printable keeps what a file holds from speaking to the terminal.
@@ -254,7 +254,8 @@ func (d *decoder) policy(n *yaml.Node, v reflect.Value, key string) {
 	var faults policy.Errors
 	if errors.As(err, &faults) {
 		for _, e := range faults {
-			d.fault(e.Line, key, "column %d: %s", e.Column, e.Message)
+			d.fault(e.Line, key, "%s", e.Message)
+			d.problems[len(d.problems)-1].Column = e.Column
 		}
 	}
 	v.Set(reflect.ValueOf(Policy{policy.Text(n), parsed}))

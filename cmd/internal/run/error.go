@@ -35,6 +35,18 @@ func Usage(hint, format string, args ...any) error {
 	return &sallyport.Error{Outcome: sallyport.OutcomeUsage, Message: fmt.Sprintf(format, args...), Hint: hint}
 }
 
+// Differs is what a check or test says that found differences: an error whose
+// exit code is ExitDiffers.
+func Differs(format string, args ...any) error {
+	return &difference{fmt.Sprintf(format, args...)}
+}
+
+type difference struct{ what string }
+
+func (d *difference) Error() string { return d.what }
+
+func (d *difference) Unwrap() error { return ErrDiffers }
+
 // NoArgs refuses arguments; like cobra.NoArgs, as a usage error.
 func NoArgs(cmd *cobra.Command, args []string) error {
 	if len(args) > 0 {

@@ -416,6 +416,7 @@ func TestExitCodesAndWords(t *testing.T) {
 		{problems, 2, "name: f:3: a.b: is wrong\nhint: "},
 		{fmt.Errorf("load: %w", problems), 2, "name: f:3: a.b: is wrong\nhint: "},
 		{fmt.Errorf("3 tests: %w", ErrDiffers), 4, "name: 3 tests: differs\n"},
+		{Differs("findings: %d", 3), 4, "name: findings: 3\n"},
 		{&sallyport.Error{Outcome: sallyport.OutcomeUsage, Code: "schema.too_new", Message: "made by a newer version"}, 2, "name: schema.too_new: made by a newer version\n"},
 	} {
 		if got := ExitCode(c.err); got != c.code {
