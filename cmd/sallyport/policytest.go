@@ -181,15 +181,28 @@ func writeTestText(w io.Writer, t *testReport) error {
 			fmt.Fprintf(w, "  %s\n", o.Error)
 			continue
 		}
-		for _, line := range connect.Explain(*o.Decision) {
-			fmt.Fprintf(w, "  %s\n", line)
-		}
+		writeReasons(w, *o.Decision)
 	}
 	for _, g := range t.Coverage {
 		fmt.Fprintln(w, g)
 	}
 	_, err := fmt.Fprintf(w, "%d passed, %d failed\n", t.Passed, t.Failed)
 	return err
+}
+
+// writeReasons says why, indented, as `agent why` does.
+func writeReasons(w io.Writer, d sallyport.Decision) {
+	if !d.Allowed() {
+		for _, line := range connect.Explain(d) {
+			fmt.Fprintf(w, "  %s\n", line)
+		}
+		return
+	}
+	for _, r := range d.Reasons {
+		if r.Rule == d.Rule {
+			fmt.Fprintf(w, "    %-24s %s\n", r.Condition, r.Found)
+		}
+	}
 }
 
 func asked(o scenario.Outcome, rule string) string {

@@ -116,8 +116,9 @@ func (t *Test) now(s Site) time.Time {
 	return s.Now
 }
 
-// forEver is posture_ttl in a test: its devices go on reporting.
-const forEver = 200 * 365 * 24 * time.Hour
+// PostureTTL is posture_ttl where people come from a test: their devices go on
+// reporting.
+const PostureTTL = 200 * 365 * 24 * time.Hour
 
 // configFor is the configuration that decides t: the site's, with one route to
 // target if t brings a policy. The route leads to an address that belongs to
@@ -127,7 +128,7 @@ func (s Site) configFor(t *Test, target sallyport.Target) sallyport.Record {
 	if s.Config != nil {
 		c = *s.Config
 	}
-	c.PostureTTL = forEver
+	c.PostureTTL = PostureTTL
 	if t.Policy != nil {
 		c.Routes = []sallyport.Route{{From: target.String(), To: string(target.Network) + "://192.0.2.1:9", Policy: t.Policy.text}}
 	}
