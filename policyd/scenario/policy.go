@@ -99,11 +99,16 @@ func (r *reader) policyFile(to **Policy) func(*yaml.Node) {
 		if !filepath.IsAbs(name) {
 			name = filepath.Join(filepath.Dir(r.file), name)
 		}
+		if p := r.policies[name]; p != nil {
+			*to = p
+			return
+		}
 		content, err := os.ReadFile(name)
 		if err != nil {
 			r.fail(n, "policy_file: %v", err)
 			return
 		}
 		*to = parsePolicy(name, string(content), samePlace)
+		r.policies[name] = *to
 	}
 }

@@ -54,7 +54,7 @@ func Read(path string) (*File, error) {
 
 // Parse reads the content of the test file at path.
 func Parse(path string, content []byte) (*File, error) {
-	r := &reader{file: path, text: content}
+	r := &reader{file: path, text: content, policies: map[string]*Policy{}}
 	root := r.document()
 	if root == nil {
 		return nil, r.err()
