@@ -77,31 +77,7 @@ func (s *Server) List(_ context.Context, q sallyport.ListRequest) (sallyport.Lis
 		return sallyport.Listing{}, err
 	}
 	a := asker{view: v}
-	a.ask(&sallyport.Request{Session: q.Session, Peer: q.Peer})
-	if a.in.Person == nil {
-		return sallyport.Listing{}, &sallyport.Error{
-			Outcome: sallyport.OutcomeLogin, Code: "session.revoked", Message: a.in.Absent, Hint: "run: agent login",
-		}
-	}
-	out := sallyport.Listing{Me: v.identity(&a.person), PolicyRevision: v.rules.revision, Targets: []sallyport.ListedTarget{}}
-	if p := a.person.Posture; p != nil {
-		out.Facts, out.FactAges = p.Facts, make(map[string]int64, len(p.Facts))
-		for name, f := range p.Facts {
-			out.FactAges[name] = policy.FactAge(p, f, v.now).Milliseconds()
-		}
-	}
-	v.rules.set.Each(&a.in, func(e policy.Entry) {
-		allowed := e.Answer.Verdict == sallyport.VerdictAllow
-		if !allowed && !q.All {
-			return
-		}
-		t := sallyport.ListedTarget{From: e.From, Name: e.Name, Verdict: e.Answer.Verdict, Rule: e.Answer.Rule()}
-		if !allowed {
-			t.Reasons = v.rules.set.Reasons(&a.in, e.Answer, false)
-		}
-		out.Targets = append(out.Targets, t)
-	})
-	return out, nil
+	return a.list(q)
 }
 
 // asker decides the questions of one batch, one after the other, in the same
@@ -132,6 +108,34 @@ func (a *asker) External(typ, id string) (map[string]any, bool) {
 		a.in.Lasts(r.expires.Sub(a.now))
 	}
 	return r.value.Fields, true
+}
+
+func (a *asker) list(q sallyport.ListRequest) (sallyport.Listing, error) {
+	a.ask(&sallyport.Request{Session: q.Session, Peer: q.Peer})
+	if a.in.Person == nil {
+		return sallyport.Listing{}, &sallyport.Error{
+			Outcome: sallyport.OutcomeLogin, Code: "session.revoked", Message: a.in.Absent, Hint: "run: agent login",
+		}
+	}
+	out := sallyport.Listing{Me: a.identity(&a.person), PolicyRevision: a.rules.revision, Targets: []sallyport.ListedTarget{}}
+	if p := a.person.Posture; p != nil {
+		out.Facts, out.FactAges = p.Facts, make(map[string]int64, len(p.Facts))
+		for name, f := range p.Facts {
+			out.FactAges[name] = policy.FactAge(p, f, a.now).Milliseconds()
+		}
+	}
+	a.rules.set.Each(&a.in, func(e policy.Entry) {
+		allowed := e.Answer.Verdict == sallyport.VerdictAllow
+		if !allowed && !q.All {
+			return
+		}
+		t := sallyport.ListedTarget{From: e.From, Name: e.Name, Verdict: e.Answer.Verdict, Rule: e.Answer.Rule()}
+		if !allowed {
+			t.Reasons = a.rules.set.Reasons(&a.in, e.Answer, false)
+		}
+		out.Targets = append(out.Targets, t)
+	})
+	return out, nil
 }
 
 func (a *asker) decide(q *sallyport.Request) sallyport.Decision {

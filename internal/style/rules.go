@@ -60,7 +60,7 @@ var owners = []Owner{
 	{"github.com/hashicorp/go-hclog", []string{"internal/logging"}, false}, // logging.Logger is hclog's
 	{"github.com/spf13/cobra", []string{"cmd"}, false},
 	{"github.com/spf13/pflag", []string{"cmd"}, false},
-	{"go.yaml.in/yaml/v3", []string{"cmd/internal/config", "policyd/policy"}, false}, // nodes with their lines
+	{"go.yaml.in/yaml/v3", []string{"cmd/internal/config", "policyd/policy", "policyd/scenario"}, false}, // nodes with their lines
 	{"cel.dev/cel-go", []string{"policyd/policy"}, true},
 	{"golang.org/x/net/html", []string{"internal/browse"}, true},
 	{"golang.org/x/net/http/httpproxy", []string{"tunnel/lane"}, true},
@@ -68,7 +68,7 @@ var owners = []Owner{
 	{"golang.org/x/net/ipv6", []string{"tunnel/h3"}, true},
 	{"golang.org/x/crypto/argon2", []string{"authd/idp"}, true},
 	{"golang.org/x/crypto/chacha20poly1305", []string{"authd"}, true},
-	{"golang.org/x/crypto/ssh", []string{"cmd/sallyport", "policyd/policy", "integration"}, true},
+	{"golang.org/x/crypto/ssh", []string{"cmd/sallyport", "policyd/policy", "policyd/scenario", "integration"}, true},
 	{"golang.org/x/term", []string{"cmd", "agent"}, true},
 
 	{"golang.org/x/sync/errgroup", []string{"*"}, false},

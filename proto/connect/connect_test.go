@@ -163,7 +163,7 @@ func TestExplainTellsWhatWasWanted(t *testing.T) {
 	}, Observed: []sallyport.Observation{{Rule: "all", Would: sallyport.VerdictAllow}}}
 	want := []string{
 		`why:  rule "day" matched you, but 2 conditions failed:`,
-		`        device.os_version        is 15.3, wanted at least 15.4`,
+		`        device.os_version        is 15.3, wanted: at least 15.4`,
 		`        groups                   is missing the membership that this rule asks for`,
 		`note: rule "all" is only observed; in force it would have made this: allow`,
 		`decision d-1, policy revision 3`,

@@ -196,7 +196,7 @@ func detail(r sallyport.Reason) string {
 		s = fmt.Sprintf("%-24s %s", r.Condition, r.Wanted)
 	}
 	if asks(r) {
-		s += ", wanted " + r.Wanted
+		s += ", wanted: " + r.Wanted
 	}
 	if r.Age > 0 {
 		s += fmt.Sprintf("   (checked %s ago", ago(r.Age))
