@@ -64,9 +64,7 @@ func (s *Server) Explain(_ context.Context, q sallyport.Request) (sallyport.Deci
 		return sallyport.Decision{}, err
 	}
 	a := asker{view: v}
-	d := a.decide(&q)
-	d.Reasons = v.rules.set.Reasons(&a.in, a.answer, true)
-	return d, nil
+	return a.explain(&q), nil
 }
 
 // List implements sallyport.Explainer. Without a live session it returns an
@@ -165,6 +163,13 @@ func (a *asker) decide(q *sallyport.Request) sallyport.Decision {
 	if a.in.Person != nil {
 		d.Who = a.identity(&a.person)
 	}
+	return d
+}
+
+// explain decides q with the reasons of every rule.
+func (a *asker) explain(q *sallyport.Request) sallyport.Decision {
+	d := a.decide(q)
+	d.Reasons = a.rules.set.Reasons(&a.in, a.answer, true)
 	return d
 }
 

@@ -1,7 +1,9 @@
 package policyd
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"sallyport"
@@ -15,47 +17,68 @@ type Offline struct {
 	snapshot *snapshot
 }
 
-// NewOffline returns what records decide; one of them must be a configuration.
+// ReadPeople lists from cached everything that decisions look at, but for the
+// configuration.
+func ReadPeople(ctx context.Context, l sallyport.Lister) ([]sallyport.Record, error) {
+	var all []sallyport.Record
+	for _, kind := range kinds {
+		if kind == sallyport.KindConfig || kind == sallyport.KindTrust {
+			continue
+		}
+		records, err := l.List(ctx, kind)
+		if err != nil {
+			return nil, fmt.Errorf("list %ss: %w", kind, err)
+		}
+		all = append(all, records...)
+	}
+	return all, nil
+}
+
+// NewOffline returns what c decides for people, records as ReadPeople returns them.
 // Its error says why the configuration does not load (a fault.List is in its
 // chain), or which record cannot be read.
-func NewOffline(cfg Config, records []sallyport.Record) (*Offline, error) {
-	draft := new(snapshot).edit(cfg.withDefaults(), time.Time{})
-	for _, r := range records {
+func NewOffline(cfg Config, c sallyport.Config, people []sallyport.Record) (*Offline, error) {
+	cfg = cfg.withDefaults()
+	rules, err := compile(cfg, &c, 0, nil)
+	if err != nil {
+		return nil, err
+	}
+	draft := new(snapshot).edit(cfg, time.Time{})
+	draft.rules = rules
+	for _, r := range people {
 		draft.apply(r)
 	}
-	s := draft.finish()
-	switch {
-	case len(draft.faults) > 0:
+	if len(draft.faults) > 0 {
 		return nil, errors.Join(draft.faults...)
-	case s.broken != nil:
-		return nil, s.broken
-	case s.rules == nil:
-		return nil, errors.New("there is no configuration among the records")
 	}
-	return &Offline{s}, nil
+	return &Offline{draft.finish()}, nil
 }
 
 // Decide answers q at now, with the reasons of every rule that could have allowed
 // it. The decision has no id: it stands in no audit log.
 func (o *Offline) Decide(q sallyport.Request, now time.Time) sallyport.Decision {
-	a := o.asker(now)
-	d := a.decide(&q)
-	d.ID, d.Reasons = "", o.snapshot.rules.set.Reasons(&a.in, a.answer, true)
+	d := o.asker(now).explain(&q)
+	d.ID = ""
 	return d
+}
+
+// Input returns what q is decided from at now, for another Set than that of the
+// records.
+func (o *Offline) Input(q *sallyport.Request, now time.Time) *policy.Input {
+	a := o.asker(now)
+	a.ask(q)
+	return &a.in
 }
 
 // List is Server.List at now.
 func (o *Offline) List(q sallyport.ListRequest, now time.Time) (sallyport.Listing, error) {
-	a := o.asker(now)
-	return a.list(q)
+	return o.asker(now).list(q)
 }
 
 // Cover calls f with every criterion of the route that q asks for, and with what
 // it says to q.
 func (o *Offline) Cover(q sallyport.Request, now time.Time, f func(policy.Seen)) {
-	a := o.asker(now)
-	a.ask(&q)
-	o.snapshot.rules.set.Cover(&a.in, f)
+	o.snapshot.rules.set.Cover(o.Input(&q, now), f)
 }
 
 func (o *Offline) asker(now time.Time) *asker {

@@ -67,8 +67,8 @@ func TestAuditedDecisionsCanBeMadeAgain(t *testing.T) {
 	})
 }
 
-// The present answers as policyd itself would.
-func TestPresentAnswersLikePolicyd(t *testing.T) {
+// Whoever asks offline gets the answers of policyd itself.
+func TestOfflineAnswersLikePolicyd(t *testing.T) {
 	inSite(t, Config{}, routes, func(t *testing.T, s *site) {
 		if err := s.report("s1", map[string]any{"disk_encrypted": true}); err != nil {
 			t.Fatal(err)
@@ -76,7 +76,11 @@ func TestPresentAnswersLikePolicyd(t *testing.T) {
 		s.signIn("u2", "l2", "s2", "d2")
 		s.groups("u2", "staff")
 		s.remove(sallyport.KindLogin, "l2")
-		p, err := ReadPresent(t.Context(), s.cached, time.Now())
+		records, err := ReadPeople(t.Context(), s.cached)
+		if err != nil {
+			t.Fatal(err)
+		}
+		o, err := NewOffline(Config{}, *s.snap.Load().rules.config, records)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -84,8 +88,11 @@ func TestPresentAnswersLikePolicyd(t *testing.T) {
 			for _, to := range []string{"", db, vault, wiki} {
 				q := question(session, to)
 				d := s.decide(session, to)
-				if a := s.snap.Load().rules.set.Decide(p.Input(&q)); a.Verdict != d.Verdict || a.Rule() != d.Rule {
-					t.Errorf("%s to %q: got %v by %q; want %v by %q", session, to, a.Verdict, a.Rule(), d.Verdict, d.Rule)
+				if a := o.Decide(q, time.Now()); a.Verdict != d.Verdict || a.Rule != d.Rule {
+					t.Errorf("%s to %q: got %v by %q; want %v by %q", session, to, a.Verdict, a.Rule, d.Verdict, d.Rule)
+				}
+				if a := s.snap.Load().rules.set.Decide(o.Input(&q, time.Now())); a.Verdict != d.Verdict {
+					t.Errorf("%s to %q: got %v of another set; want %v", session, to, a.Verdict, d.Verdict)
 				}
 			}
 		}

@@ -84,10 +84,8 @@ func (e *policyExplain) run(ctx context.Context, f *config.File, typed string, o
 	if err != nil {
 		return err
 	}
-	op := sallyport.Put(sallyport.KindConfig, "current", c)
-	records = append(records, sallyport.Record{Kind: op.Kind, ID: op.ID, Version: op.Version, Payload: op.Payload})
 	doc := explained{Schema: "sallyport.explain/v1", Target: q.Target}
-	if doc.Decision, doc.AsIfLogged, err = e.decide(f.Policyd, records, q, now); err != nil {
+	if doc.Decision, doc.AsIfLogged, err = e.decide(f.Policyd, c, records, q, now); err != nil {
 		return err
 	}
 	if err := e.write(out, doc); err != nil {
@@ -127,12 +125,6 @@ func (e *policyExplain) question(f *config.File, typed string) (q sallyport.Requ
 	return q, now, nil
 }
 
-// peopleKinds are the records that a decision looks at beside the configuration.
-var peopleKinds = []sallyport.Kind{
-	sallyport.KindLogin, sallyport.KindSession, sallyport.KindUser, sallyport.KindDirectoryUser,
-	sallyport.KindDevice, sallyport.KindPosture, sallyport.KindRecord,
-}
-
 // fromTest takes people from a test file, and the time as its tests would.
 func (e *policyExplain) fromTest(now time.Time) ([]sallyport.Record, time.Time, error) {
 	g, err := scenario.ReadGiven(e.given)
@@ -152,24 +144,20 @@ func people(ctx context.Context, f *config.File) ([]sallyport.Record, error) {
 		return nil, run.Failure("cached does not tell who there is", hint, err)
 	}
 	defer client.Close()
-	var all []sallyport.Record
-	for _, kind := range peopleKinds {
-		records, err := client.Records().List(ctx, kind)
-		if err != nil {
-			return nil, run.Failure(fmt.Sprintf("list %ss", kind), hint, err)
-		}
-		all = append(all, records...)
+	all, err := policyd.ReadPeople(ctx, client.Records())
+	if err != nil {
+		return nil, run.Failure("cached does not tell who there is", hint, err)
 	}
 	return all, nil
 }
 
 // decide asks as the newest live session of the user, or as a new one.
-func (e *policyExplain) decide(cfg policyd.Config, records []sallyport.Record, q sallyport.Request, now time.Time) (d sallyport.Decision, asIf bool, err error) {
+func (e *policyExplain) decide(cfg policyd.Config, c sallyport.Config, records []sallyport.Record, q sallyport.Request, now time.Time) (d sallyport.Decision, asIf bool, err error) {
 	user, err := e.findUser(records)
 	if err != nil {
 		return d, false, err
 	}
-	o, err := policyd.NewOffline(cfg, records)
+	o, err := policyd.NewOffline(cfg, c, records)
 	if err != nil {
 		return d, false, err
 	}
@@ -180,7 +168,7 @@ func (e *policyExplain) decide(cfg policyd.Config, records []sallyport.Record, q
 	q.Session = newest.ID
 	if q.Session == "" && e.asIf {
 		asIf, q.Session = true, "as-if-logged-in"
-		if o, err = policyd.NewOffline(cfg, append(records, e.login(user, now)...)); err != nil {
+		if o, err = policyd.NewOffline(cfg, c, append(records, e.login(user, now)...)); err != nil {
 			return d, asIf, err
 		}
 	}

@@ -109,10 +109,8 @@ func (p *planner) make(ctx context.Context) (*plan.Plan, error) {
 	client, unreachable := dial(f, control.KindCached)
 	if unreachable == nil {
 		defer client.Close()
-		var present *policyd.Present
-		if present, unreachable = policyd.ReadPresent(ctx, client.Records(), time.Now()); unreachable == nil {
-			q.Present = present
-		}
+		q.Now = time.Now()
+		q.Present, unreachable = present(ctx, f, client)
 	}
 	if q.Old, err = p.old(ctx, client, unreachable); err != nil {
 		return nil, err
@@ -125,6 +123,19 @@ func (p *planner) make(ctx context.Context) (*plan.Plan, error) {
 		made.Limits = append(made.Limits, fmt.Sprintf("cached cannot be reached, so nothing is decided from the records as they are now: %v", unreachable))
 	}
 	return made, err
+}
+
+// present are the records of cached as they are now.
+func present(ctx context.Context, f *config.File, client *control.Client) (plan.Present, error) {
+	people, err := policyd.ReadPeople(ctx, client.Records())
+	if err != nil {
+		return nil, err
+	}
+	o, err := policyd.NewOffline(f.Policyd, f.Record(nil, nil, time.Time{}), people)
+	if err != nil {
+		return nil, err // and not an interface that holds nothing
+	}
+	return o, nil
 }
 
 func siteOf(f *config.File) (*plan.Site, error) {

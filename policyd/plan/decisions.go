@@ -178,7 +178,7 @@ func (m *maker) compare(recording *policy.Recording, q *sallyport.Request) outco
 	if o.would.Certain || m.q.Present == nil || q == nil {
 		return o
 	}
-	if recording != nil && recording.Who.Session != "" && m.q.Present.Input(q).Person == nil {
+	if recording != nil && recording.Who.Session != "" && m.q.Present.Input(q, m.q.Now).Person == nil {
 		return o // the session is over, which says nothing about the policies
 	}
 	return m.now(q)
@@ -187,7 +187,7 @@ func (m *maker) compare(recording *policy.Recording, q *sallyport.Request) outco
 // now decides by the records as they are.
 func (m *maker) now(q *sallyport.Request) outcome {
 	decide := func(s *Site) policy.Replayed {
-		in := m.q.Present.Input(q)
+		in := m.q.Present.Input(q, m.q.Now)
 		a := s.set.Decide(in)
 		from, _, _ := a.Route(q.Target)
 		return policy.Replayed{Certain: true, Verdict: a.Verdict, Route: from, Rule: a.Rule(), Reasons: s.set.Reasons(in, a, false)}

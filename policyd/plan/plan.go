@@ -43,9 +43,10 @@ func Load(c *sallyport.Config) (*Site, error) {
 	return &Site{c, set}, nil
 }
 
-// Present finds the records as they are now, like *policyd.Present.
+// Present finds what a question is decided from, in the records as they are at
+// now: *policyd.Offline.
 type Present interface {
-	Input(q *sallyport.Request) *policy.Input
+	Input(q *sallyport.Request, now time.Time) *policy.Input
 }
 
 // Question is what a plan is made from.
@@ -57,8 +58,9 @@ type Question struct {
 	// Since is the time of the first decision that counts; zero: all. Connections
 	// that are open count whenever they began.
 	Since time.Time
-	// Present are the records as they are now; nil: not known.
+	// Present are the records as they are at Now; nil: not known.
 	Present Present
+	Now     time.Time
 }
 
 // Plan is what would change.

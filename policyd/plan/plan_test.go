@@ -60,7 +60,7 @@ func (p person) input(q *sallyport.Request) *policy.Input {
 // now are people by their sessions.
 type now map[sallyport.SessionID]person
 
-func (n now) Input(q *sallyport.Request) *policy.Input { return n[q.Session].input(q) }
+func (n now) Input(q *sallyport.Request, _ time.Time) *policy.Input { return n[q.Session].input(q) }
 
 // chain is an audit log.
 type chain struct {

@@ -84,8 +84,7 @@ func (t *Test) run(s Site) Result {
 		q.Target = defaultTarget
 	}
 	now := t.now(s)
-	records := append(t.Given.At(now), s.configFor(t, q.Target))
-	o, err := policyd.NewOffline(policyd.Config{}, records)
+	o, err := policyd.NewOffline(policyd.Config{}, s.configFor(t, q.Target), t.Given.At(now))
 	if err != nil {
 		r.Err = err
 		return r
@@ -123,7 +122,7 @@ const PostureTTL = 200 * 365 * 24 * time.Hour
 // configFor is the configuration that decides t: the site's, with one route to
 // target if t brings a policy. The route leads to an address that belongs to
 // nobody (RFC 5737), so that only the policy can keep it from loading.
-func (s Site) configFor(t *Test, target sallyport.Target) sallyport.Record {
+func (s Site) configFor(t *Test, target sallyport.Target) sallyport.Config {
 	c := sallyport.Config{ExplainGroups: true}
 	if s.Config != nil {
 		c = *s.Config
@@ -132,8 +131,7 @@ func (s Site) configFor(t *Test, target sallyport.Target) sallyport.Record {
 	if t.Policy != nil {
 		c.Routes = []sallyport.Route{{From: target.String(), To: string(target.Network) + "://192.0.2.1:9", Policy: t.Policy.text}}
 	}
-	op := sallyport.Put(sallyport.KindConfig, "current", c)
-	return sallyport.Record{Kind: sallyport.KindConfig, ID: "current", Version: op.Version, Payload: op.Payload, Revision: 1}
+	return c
 }
 
 // Coverage is what tests saw of the policies that they bring.
