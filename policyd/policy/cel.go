@@ -24,7 +24,6 @@ const (
 	maxCELNest   = 2   // loops within loops
 	maxCELDepth  = 32  // operators within each other: types of literals grow with it
 	maxCELRegex  = 100 // instructions of a compiled regular expression
-	maxCELTrials = 512 // decisions of a search for remedies
 	maxCELFaults = 8   // that are told of one expression
 	// maxCELMatch bounds instructions times bytes of text, which is what RE2's
 	// algorithm takes: some 100 µs.

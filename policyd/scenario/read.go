@@ -65,6 +65,7 @@ func Parse(path string, content []byte) (*File, error) {
 		"policy":      r.policy(&common.Policy),
 		"policy_file": r.policyFile(&common.Policy),
 		"given":       r.given(&common.Given),
+		"description": text(r, new(string)), // for people
 		"tests":       func(n *yaml.Node) { r.list(n, "tests", func(n *yaml.Node) { tests = append(tests, n) }) },
 	})
 	f := &File{Path: path}
@@ -88,7 +89,7 @@ func ReadGiven(path string) (Given, error) {
 	r := &reader{file: path, text: content}
 	ignore := func(*yaml.Node) {}
 	if root := r.document(); root != nil {
-		r.object(root, "a test file", fields{"policy": ignore, "policy_file": ignore, "tests": ignore, "given": r.given(&g)})
+		r.object(root, "a test file", fields{"policy": ignore, "policy_file": ignore, "description": ignore, "tests": ignore, "given": r.given(&g)})
 	}
 	return g, r.err()
 }
@@ -134,6 +135,7 @@ func (r *reader) test(n *yaml.Node, common Test) Test {
 	var own Given
 	r.object(n, "a test", fields{
 		"name":        text(r, &t.Name),
+		"description": text(r, new(string)),
 		"policy":      r.policy(&t.Policy),
 		"policy_file": r.policyFile(&t.Policy),
 		"given":       r.given(&own),
