@@ -20,7 +20,7 @@ const (
 	maxCELText = 4 << 10 // bytes of an expression
 	// maxCELCost bounds an evaluation in CEL's own units, before and while it
 	// runs; the dearest units take 100 ns each.
-	maxCELCost   = 3_000
+	maxCELCost   = 2_000
 	maxCELNest   = 2   // loops within loops
 	maxCELDepth  = 32  // operators within each other: types of literals grow with it
 	maxCELRegex  = 100 // instructions of a compiled regular expression
