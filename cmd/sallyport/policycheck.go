@@ -221,6 +221,10 @@ func (c *checker) verdict() error {
 
 var findingWriters = map[string]func(io.Writer, []foundIn) error{
 	"text": func(w io.Writer, found []foundIn) error {
+		if len(found) == 0 {
+			_, err := fmt.Fprintln(w, "ok, nothing to report")
+			return err
+		}
 		for _, f := range found {
 			if _, err := fmt.Fprintf(w, "%s:%d:%d: %s: %s (%s)\n", f.File, f.Line, f.Column, f.Severity, f.Message, f.Code); err != nil {
 				return err

@@ -92,7 +92,7 @@ func (e *policyExplain) run(ctx context.Context, f *config.File, typed string, o
 		return err
 	}
 	if !doc.Allowed() {
-		return fmt.Errorf("%s is not allowed: %w", q.Target.Authority(), run.ErrDiffers)
+		return run.Differs("%s is not allowed", q.Target.Authority())
 	}
 	return nil
 }

@@ -5,6 +5,7 @@ type Seen struct {
 	// Rule is the name of its rule to people; RuleLine and RuleColumn are where the
 	// rule stands in the policy's text, Line and Column where the criterion does.
 	Rule                 string
+	Observed             bool // the rule decides nothing
 	RuleLine, RuleColumn int
 	// Path names the criterion: "groups", "device.disk_encrypted".
 	Path         string
@@ -21,9 +22,9 @@ func (s *Set) Cover(in *Input, f func(Seen)) {
 	if r == nil {
 		return
 	}
-	for _, rules := range [][]rule{r.policy.deny, r.policy.allow, r.policy.observed} {
+	for k, rules := range [][]rule{r.policy.deny, r.policy.allow, r.policy.observed} {
 		for i := range rules {
-			seen := Seen{Rule: r.label(&rules[i]), RuleLine: int(rules[i].at.line), RuleColumn: int(rules[i].at.column)}
+			seen := Seen{Rule: r.label(&rules[i]), Observed: k == 2, RuleLine: int(rules[i].at.line), RuleColumn: int(rules[i].at.column)}
 			rules[i].when.cover(in, seen, f)
 		}
 	}

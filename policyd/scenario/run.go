@@ -145,7 +145,7 @@ type covered struct {
 	of       *Policy
 	criteria []*Criterion
 	at       map[[2]int]*Criterion
-	rules    []*rule
+	rules    []*rule         // that can decide
 	named    map[string]bool // rules that decided
 }
 
@@ -199,7 +199,7 @@ func shortRule(name string) string {
 
 func (c *covered) see(s policy.Seen) {
 	line, column := c.of.place(s.RuleLine, s.RuleColumn)
-	if n := len(c.rules); n == 0 || !c.has(line, column) {
+	if !s.Observed && !c.has(line, column) {
 		c.rules = append(c.rules, &rule{shortRule(s.Rule), line, column})
 	}
 	line, column = c.of.place(s.Line, s.Column)

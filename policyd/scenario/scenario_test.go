@@ -1,6 +1,7 @@
 package scenario
 
 import (
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -26,6 +27,43 @@ func TestFiles(t *testing.T) {
 					t.Errorf("%s:%d: %s: expected %s %s, got %s %s (%v)", name, r.Test.Line, r.Test.Name, r.Test.Expect, r.Test.Rule, r.Got, r.Decision.Rule, r.Err)
 				}
 			}
+		}
+	}
+}
+
+// The manual shows the examples as they are, and their tests leave nothing out.
+func TestExamplesAreThoseOfTheManual(t *testing.T) {
+	manual, err := os.ReadFile("../../docs/policy.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	examples, err := filepath.Glob("../../docs/examples/*.yaml")
+	if err != nil || len(examples) == 0 {
+		t.Fatalf("no examples (%v)", err)
+	}
+	for _, name := range examples {
+		if strings.HasSuffix(name, suffix) {
+			continue
+		}
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		rules := string(text)
+		for strings.HasPrefix(rules, "#") {
+			_, rules, _ = strings.Cut(rules, "\n")
+		}
+		if !strings.Contains(string(manual), "```yaml\n"+rules+"```\n") {
+			t.Errorf("docs/policy.md does not show %s as it is", name)
+		}
+		f, err := Read(strings.TrimSuffix(name, ".yaml") + suffix)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var cover Coverage
+		f.Run(Site{Now: time.Now(), Coverage: &cover})
+		for _, gap := range cover.Gaps() {
+			t.Error(gap)
 		}
 	}
 }

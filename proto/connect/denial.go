@@ -214,7 +214,8 @@ func asks(r sallyport.Reason) bool {
 	if r.Found == "" || r.Result == "true" || r.Wanted == "is true" || r.Wanted == "is false" {
 		return false
 	}
-	return !strings.Contains(r.Wanted, "that this rule") && !strings.Contains(r.Wanted, "live session")
+	return !strings.Contains(r.Wanted, "that this rule") && !strings.Contains(r.Wanted, "live session") &&
+		!strings.Contains(r.Found, r.Wanted)
 }
 
 // ago prints a duration the way people say it: 9 s, 12 m, 3 h, 2 d.
