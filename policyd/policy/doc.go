@@ -6,7 +6,7 @@
 // # Grammar
 //
 //	policy    = rules | [rules, …]                    rules of one action are OR-ed
-//	rules     = {name: TEXT, allow: body, deny: body}  deny beats allow
+//	rules     = {name: TEXT, mode: MODE, allow: body, deny: body}  deny beats allow
 //	body      = {OP: [condition, …]}                   exactly one OP
 //	OP        = and (all) | or (any) | not (none) | nor (at least one fails)
 //	condition = body | {CRITERION: value} | {CRITERION/SUBPATH: value}
@@ -28,5 +28,16 @@
 // A row in the table criteria (criterion.go) and a type that implements
 // criterion. Deciding, explaining, listing, what-if and [Set.Replay] all go
 // through it. [Policy.Lint] compares tests of criteria that subjectOf knows
-// (formula.go); others only with themselves.
+// (normal.go); others only with themselves.
+//
+// # The files
+//
+//	reading      parse.go, node.go (scalars and keys), matcher.go, text.go (the stored form)
+//	criteria     criterion.go (the table), identity.go, groups.go, claim.go, device.go,
+//	             login.go, record.go, clock.go, date.go, zone.go, http.go, source.go,
+//	             certificate.go, ssh.go, cel.go, celcheck.go, celvalue.go
+//	routes       route.go, from.go, index.go, dialable.go
+//	deciding     decide.go, condition.go, value.go, input.go
+//	explaining   explain.go, remedy.go, change.go (what would help), cover.go
+//	tools        inputs.go and replay.go (audited decisions), lint.go, normal.go, rules.go
 package policy

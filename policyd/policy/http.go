@@ -28,6 +28,15 @@ func (c *requestText) eval(in *Input) Value {
 	return c.match.text(s)
 }
 
+// text implements texter. mcp_tool is false for requests that call no tool, whatever
+// the operator, so one of its tests is not the opposite of another.
+func (c *requestText) text() (name string, m *matcher) {
+	if c.name == "mcp_tool" {
+		return "", &c.match
+	}
+	return c.name, &c.match
+}
+
 func (c *requestText) path() string       { return c.name }
 func (c *requestText) wanted(bool) string { return c.match.words() }
 

@@ -34,7 +34,8 @@ type subject struct {
 
 // texter is a criterion about one text of the request.
 type texter interface {
-	// text returns what the text is called ("http_path") and its matcher.
+	// text returns what the text is called ("http_path"), or nothing if its tests
+	// cannot be compared, and its matcher.
 	text() (name string, m *matcher)
 }
 
@@ -55,8 +56,9 @@ func subjectOf(c criterion) (subject, []test) {
 	case *fact:
 		return subject{key: "device." + c.name, match: &c.match, bounds: c.bounds, person: true}, c.match.tests
 	case texter:
-		name, m := c.text()
-		return subject{key: name, match: m}, m.tests
+		if name, m := c.text(); name != "" {
+			return subject{key: name, match: m}, m.tests
+		}
 	}
 	return subject{}, nil
 }
