@@ -30,7 +30,7 @@ const (
 	redecideFlows   = 100 // of each person
 	redecideGroups  = 50  // of each person
 	redecideWithin  = 250 * time.Millisecond
-	redecideForgive = 4 // a busy machine, a race detector
+	redecideForgive = 2 // a machine with other work
 )
 
 // BenchmarkRedecide measures 10,000 live flows after a change of the policy, from
@@ -41,14 +41,13 @@ const (
 // "kept/grpc" asks policyd through gRPC with mutual TLS.
 func BenchmarkRedecide(b *testing.B) {
 	for _, c := range []struct {
-		name   string
-		cut    int
-		reach  func(*testing.B, *policyd.Server) decides
-		factor time.Duration // of what a machine with other work is forgiven
+		name  string
+		cut   int
+		reach func(*testing.B, *policyd.Server) decides
 	}{
-		{"kept", 0, directly, 1},
-		{"half", redecidePeople * redecideFlows / 2, directly, 2},
-		{"kept/grpc", 0, throughGRPC, 2},
+		{"kept", 0, directly},
+		{"half", redecidePeople * redecideFlows / 2, directly},
+		{"kept/grpc", 0, throughGRPC},
 	} {
 		b.Run(c.name, func(b *testing.B) {
 			r := newRedecide(b, c.reach)
@@ -77,7 +76,7 @@ func BenchmarkRedecide(b *testing.B) {
 			b.ReportMetric(float64(cpu.Milliseconds())/float64(b.N), "cpu-ms/op")
 			b.ReportMetric(float64(best.Milliseconds()), "best-ms")
 			b.ReportMetric(float64(worst.Milliseconds()), "worst-ms")
-			if best > c.factor*redecideForgive*redecideWithin { // the best of them: the others tell of the machine
+			if best > redecideForgive*redecideWithin { // the best of them: the others tell of the machine
 				b.Errorf("%d flows were decided again in %s at best; want %s", redecidePeople*redecideFlows, best, redecideWithin)
 			}
 		})
