@@ -79,10 +79,10 @@ generate: ## write generated files anew
 
 .PHONY: fuzz
 fuzz: ## each fuzz target for FUZZTIME (1m, 34 minutes in all)
-	@for pkg in $$(grep -rl --include='*_test.go' '^func Fuzz' . | xargs -n1 dirname | sort -u); do \
+	@bad=0; for pkg in $$(grep -rl --include='*_test.go' '^func Fuzz' . | xargs -n1 dirname | sort -u); do \
 	  for f in $$(grep -ho '^func Fuzz[A-Za-z0-9_]*' $$pkg/*_test.go | sed 's/^func //'); do \
-	    echo "== $$pkg $$f"; (cd $$pkg && go test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) .); \
-	  done; done
+	    echo "== $$pkg $$f"; (cd $$pkg && go test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x .) || bad=1; \
+	  done; done; exit $$bad
 
 .PHONY: bench
 bench: build ## both carriers beside ssh -L in ROUNDS (3) rounds, revocation, all benchmarks, sizes
