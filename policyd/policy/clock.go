@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"fmt"
 	"strings"
 	"time"
 	"unicode"
@@ -88,25 +89,8 @@ func parseTimeOfDay(p *parser, _ string, n *yaml.Node) (condition, bool) {
 	case !c.hasAfter && !c.hasBefore:
 		p.fail(n, "time_of_day says no time; write after, before or both")
 		ok = false
-	default:
-		ok = p.window(n, c)
 	}
 	return leafOf(c), ok
-}
-
-// window refuses a window that never is.
-func (p *parser) window(n *yaml.Node, c *timeOfDay) bool {
-	from, to := c.bounds()
-	switch {
-	case from < to:
-		return true
-	case c.hasAfter && c.hasBefore:
-		p.fail(n, `no time is after %s and before %s of one day; for a night write or: [{time_of_day: {timezone: %[3]s, after: "%[1]s"}}, {time_of_day: {timezone: %[3]s, before: "%[2]s"}}]`,
-			clockText(c.after), clockText(c.before), c.zone)
-	default:
-		p.fail(n, "this time_of_day never is")
-	}
-	return false
 }
 
 // timeLayouts are PPL's formats of a time of day; Go reads hours of one digit too.
@@ -169,10 +153,32 @@ func (c *timeOfDay) next(t time.Time) time.Duration {
 	}
 }
 
-func (c *timeOfDay) eval(in *Input) Value { return in.wall(c, c.zone) }
-func (c *timeOfDay) path() string         { return "time_of_day" }
+func (c *timeOfDay) eval(in *Input) Value {
+	if from, to := c.bounds(); from >= to {
+		return False
+	}
+	return in.wall(c, c.zone)
+}
+
+// never implements neverer. As in PPL, a window does not reach into the next day.
+func (c *timeOfDay) never() string {
+	from, to := c.bounds()
+	switch {
+	case from < to:
+		return ""
+	case c.hasAfter && c.hasBefore:
+		return fmt.Sprintf(`no time is after %s and before %s of one day; for a night write or: [{time_of_day: {timezone: %[3]s, after: "%[1]s"}}, {time_of_day: {timezone: %[3]s, before: "%[2]s"}}]`,
+			clockText(c.after), clockText(c.before), c.zone)
+	}
+	return "no time of a day is " + c.wanted(true)
+}
+
+func (c *timeOfDay) path() string { return "time_of_day" }
 
 func (c *timeOfDay) wanted(bool) string {
+	if c.hasAfter && c.hasBefore && c.after >= c.before {
+		return fmt.Sprintf("after %s and before %s of the same day %s", clockText(c.after), clockText(c.before), c.zone)
+	}
 	return between(c.hasAfter, c.hasBefore, clockText(c.after), clockText(c.before)) + " " + c.zone.String()
 }
 

@@ -21,7 +21,7 @@ func TestCase_I13_windowsAcrossClockChanges(t *testing.T) {
 }
 
 func TestCase_I13_reversedAndImpossibleTimes(t *testing.T) {
-	for _, file := range []string{"time_of_day/bad_times", "time_of_day/bad_windows", "day_of_week/bad_days", "date/bad_dates", "date/bad_spans"} {
+	for _, file := range []string{"time_of_day/bad_times", "time_of_day/bad_windows", "day_of_week/bad_days", "date/bad_dates", "date/bad_spans", "time_of_day/never", "date/never"} {
 		golden(t, "testdata/"+file+".txtar")
 	}
 }

@@ -41,9 +41,6 @@ func parseDate(p *parser, _ string, n *yaml.Node) (condition, bool) {
 	case c.after.IsZero() && c.before.IsZero():
 		p.fail(n, "date says no date; write after, before or both")
 		ok = false
-	case !c.after.IsZero() && !c.before.IsZero() && !c.after.Add(1).Before(c.before):
-		p.fail(n, "no time is after %s and before %s %s", c.words(c.after), c.words(c.before), c.zone)
-		ok = false
 	}
 	return leafOf(c), ok
 }
@@ -123,6 +120,8 @@ func (p *parser) onWall(n *yaml.Node, s string, wall time.Time, zone *time.Locat
 
 func (c *date) eval(in *Input) Value {
 	switch {
+	case c.isNever():
+		return False
 	case !c.after.IsZero() && !in.Now.After(c.after):
 		in.lasts(min(c.after.Sub(in.Now), longest) + 1) // the moment itself is not after it
 	case in.Now.Before(c.before):
@@ -136,6 +135,18 @@ func (c *date) holds(t time.Time) bool {
 }
 
 func (c *date) path() string { return "date" }
+
+// never implements neverer.
+func (c *date) never() string {
+	if c.isNever() {
+		return "no time is " + c.wanted(true)
+	}
+	return ""
+}
+
+func (c *date) isNever() bool {
+	return !c.after.IsZero() && !c.before.IsZero() && !c.after.Add(1).Before(c.before)
+}
 
 // ends implements ender.
 func (c *date) ends() time.Time { return c.before }

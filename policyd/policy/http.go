@@ -57,7 +57,7 @@ func (p *parser) requestText(c requestText, n *yaml.Node, ops map[string]compare
 const noHTTP = "unknown (no HTTP request)"
 
 func parseHTTPMethod(p *parser, _ string, n *yaml.Node) (condition, bool) {
-	return p.requestText(requestText{name: "http_method", value: methodOf}, n, textOperators, p.methodText)
+	return p.requestText(requestText{name: "http_method", value: methodOf}, n, textOperators, p.nameText)
 }
 
 func methodOf(q *sallyport.Request) (string, Value, string) {
@@ -67,21 +67,10 @@ func methodOf(q *sallyport.Request) (string, Value, string) {
 	return q.Method, True, ""
 }
 
-// methods are those of RFC 9110, section 9, and RFC 5789. They compare with case
-// (RFC 9110, section 9.1).
+// methods are those of RFC 9110, section 9, and RFC 5789.
 var methods = map[string]bool{
 	"GET": true, "HEAD": true, "POST": true, "PUT": true, "DELETE": true,
 	"CONNECT": true, "OPTIONS": true, "TRACE": true, "PATCH": true,
-}
-
-// methodText refuses "delete": a deny rule would never meet it.
-func (p *parser) methodText(n *yaml.Node, what string) (string, bool) {
-	s, ok := p.nameText(n, what)
-	if upper := strings.ToUpper(s); ok && s != upper && methods[upper] {
-		p.fail(n, "%s %s would match no request; write %s", what, s, upper)
-		return "", false
-	}
-	return s, ok
 }
 
 func parseHTTPPath(p *parser, _ string, n *yaml.Node) (condition, bool) {

@@ -26,7 +26,7 @@ type Finding struct {
 	Column   int      `json:"column"`
 	Severity Severity `json:"severity"`
 	// Code is the kind of finding: shadowed, never, never_part, always_denies,
-	// deny_only, date_over, unknown_group, affix, not_none, nor_some, script; syntax
+	// deny_only, date_over, unknown_group, method, affix, not_none, nor_some, script; syntax
 	// for what does not load.
 	Code    string `json:"code"`
 	Message string `json:"message"`
@@ -190,6 +190,9 @@ func (l *linter) never(f *normalForm) string {
 		if _, ok := f.is.is.(authenticated); ok && f.is.negated {
 			return "authenticated_user is never false, only unknown"
 		}
+		if c, ok := f.is.is.(neverer); ok && !f.is.negated {
+			return c.never()
+		}
 	}
 	return ""
 }
@@ -274,6 +277,9 @@ func (f *normalForm) words() string {
 	return f.is.about.key + " " + f.is.test.words()
 }
 
+// neverer is a criterion that says why it can never be true, or nothing.
+type neverer interface{ never() string }
+
 // ender is a criterion that is false for ever from some time on.
 type ender interface{ ends() time.Time }
 
@@ -307,8 +313,11 @@ func (l *linter) words(r *rule, c *condition) {
 		l.affix(r, c.at, about.key, &tests[i])
 		for _, s := range tests[i].of {
 			l.script(c.at, about.key, s.s)
-			if about.key == "groups" {
+			switch about.key {
+			case "groups":
 				l.group(c.at, s.s)
+			case "http_method":
+				l.method(c.at, s.s)
 			}
 		}
 	}
@@ -320,6 +329,14 @@ func (l *linter) group(at place, name string) {
 		return
 	}
 	l.add(at, SeverityWarning, "unknown_group", "no group %q is known: nobody is a member of it%s", name, suggest(name, slices.Clone(l.opts.Groups)))
+}
+
+// method tells of a method that differs from the one that is meant by its case,
+// which counts (RFC 9110, section 9.1).
+func (l *linter) method(at place, name string) {
+	if upper := strings.ToUpper(name); name != upper && methods[upper] {
+		l.add(at, SeverityFinding, "method", "http_method %s is not %[2]s: methods compare with case; write %[2]s", name, upper)
+	}
 }
 
 // affix tells of comparisons that also hold for names that somebody else can
