@@ -168,7 +168,7 @@ func (p *parser) bound(e entry, b *bounds) bool {
 			return false
 		}
 		if !slices.Contains(sources, s) {
-			p.fail(n, "unknown source %q (os, file or attested)%s", s, suggest(s, slices.Clone(sources)))
+			p.fail(n, "unknown source %q (os, file or attested)%s", s, suggest(s, sources))
 			return false
 		}
 		b.sources = append(b.sources, s)

@@ -354,3 +354,26 @@ func parseBase64(t testing.TB, s string) []byte {
 	}
 	return b
 }
+
+// Many policies are read at a time, and each is told what it would be told alone.
+func TestPoliciesAreReadSideBySide(t *testing.T) {
+	files, err := filepath.Glob("testdata/*/*.txtar")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var texts []string
+	for _, file := range files {
+		a, err := txtar.ParseFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := section(a, "policy")
+		texts = append(texts, text, text)
+	}
+	for i, r := range parseAll(texts) {
+		_, alone := Parse([]byte(texts[i]))
+		if got, want := fmt.Sprint(r.err), fmt.Sprint(alone); got != want {
+			t.Errorf("among others %s; alone %s\n%s", got, want, texts[i])
+		}
+	}
+}

@@ -328,7 +328,7 @@ func (l *linter) group(at place, name string) {
 	if l.opts.Groups == nil || slices.Contains(l.opts.Groups, name) {
 		return
 	}
-	l.add(at, SeverityWarning, "unknown_group", "no group %q is known: nobody is a member of it%s", name, suggest(name, slices.Clone(l.opts.Groups)))
+	l.add(at, SeverityWarning, "unknown_group", "no group %q is known: nobody is a member of it%s", name, suggest(name, l.opts.Groups))
 }
 
 // method tells of a method that differs from the one that is meant by its case,

@@ -244,8 +244,7 @@ func flow(n *yaml.Node) string {
 // suggest returns `; did you mean "x"?` for the known word nearest to word, or "".
 func suggest(word string, known []string) string {
 	best, distance := "", min(2, len(word)/2)+1
-	slices.Sort(known)
-	for _, k := range known {
+	for _, k := range slices.Sorted(slices.Values(known)) {
 		if max(len(word), len(k))-min(len(word), len(k)) >= distance {
 			continue
 		}
