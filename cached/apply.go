@@ -15,8 +15,6 @@ const maxGroup = 512
 type queue struct {
 	// busy has room for one: whoever put a token in runs a round.
 	busy chan struct{}
-	// revision is the last one written; it belongs to whoever runs a round.
-	revision sallyport.Revision
 
 	mu      sync.Mutex
 	waiting []*job
@@ -25,9 +23,12 @@ type queue struct {
 // job is one batch on its way.
 type job struct {
 	// plan says what to write, seeing the records as the batches before it leave
-	// them. No ops: nothing is to be done. It runs in a round, so it may be
-	// called at most once and must not block.
+	// them. No ops: nothing is to be done. It runs in a round and must not block;
+	// the last call counts, if there are several.
 	plan func(*view) ([]sallyport.Op, error)
+	// touches are the records that plan will look at or write, as far as that is
+	// known: they are read in one go.
+	touches []Key
 	// notes are audited before the ops, with the detail completed by plan.
 	notes []sallyport.AuditRecord
 	// alone asks for a round of its own: plan looks at the store directly.
@@ -57,7 +58,16 @@ func (s *Server) Apply(ctx context.Context, batch []sallyport.Op) (sallyport.Rev
 			return 0, refuse("leases are written by Lease alone")
 		}
 	}
-	return s.submit(ctx, &job{plan: func(v *view) ([]sallyport.Op, error) { return v.admit(batch) }})
+	return s.submit(ctx, admitting(batch))
+}
+
+// admitting is the job that writes a batch if its preconditions hold.
+func admitting(batch []sallyport.Op) *job {
+	j := &job{plan: func(v *view) ([]sallyport.Op, error) { return v.admit(batch) }}
+	for i := range batch {
+		j.touches = append(j.touches, Key{batch[i].Kind, batch[i].ID})
+	}
+	return j
 }
 
 // submit queues the job and returns once it is durable or refused.
@@ -117,32 +127,132 @@ func (q *queue) take() []*job {
 // round writes one group of batches. The caller holds queue.busy.
 func (s *Server) round() {
 	jobs := s.queue.take()
-	if err := s.Ready(); err != nil {
-		for _, j := range jobs {
-			j.finish(0, err)
+	var v *view
+	err := s.Ready()
+	if err == nil {
+		err = s.update(context.Background(), func(tx Tx) (Change, error) {
+			if v != nil { // the engine starts over
+				s.auditFailure(v, sallyport.ErrConflict)
+			}
+			var err error
+			if v, err = s.view(tx); err != nil {
+				return Change{}, err
+			}
+			if err := v.planAll(jobs); err != nil {
+				return Change{}, err
+			}
+			return v.change()
+		})
+		if err != nil && v != nil {
+			s.auditFailure(v, err)
 		}
-		return
 	}
-	v := &view{ctx: context.Background(), server: s, revision: s.queue.revision, written: map[key]*Row{}}
-	var admitted []*job
-	for _, j := range jobs {
-		if err := s.plan(v, j); err != nil {
-			j.finish(0, err)
-			continue
+	for i, j := range jobs {
+		switch {
+		case v != nil && i < len(v.outcomes) && v.outcomes[i].err != nil:
+			j.finish(0, v.outcomes[i].err)
+		case err != nil:
+			j.finish(0, fmt.Errorf("apply: %w", err))
+		default:
+			j.finish(v.outcomes[i].revision, nil)
 		}
-		admitted = append(admitted, j)
-	}
-	err := s.write(v)
-	for _, j := range admitted {
-		j.finish(j.revision, err)
 	}
 }
 
+// update has the engine carry out a plan and tells the watches what it wrote.
+func (s *Server) update(ctx context.Context, plan func(Tx) (Change, error)) error {
+	var from sallyport.Revision
+	var change Change
+	err := s.store.Update(ctx, func(tx Tx) (c Change, err error) {
+		from = tx.Head().Revision
+		change, err = plan(tx)
+		return change, err
+	})
+	if err != nil {
+		return s.check(err)
+	}
+	if len(change.Rows) > 0 {
+		s.feed.publish(from, change.Head.Revision, change.Rows)
+	}
+	return nil
+}
+
+// outcome is what becomes of a job if its group is written.
+type outcome struct {
+	revision sallyport.Revision
+	err      error
+}
+
+// view is the records as the batches of a group see them: what the batches
+// before them write, then the store.
+type view struct {
+	server   *Server
+	tx       Tx
+	base     Head
+	sum      sum                // of all rows, with what the group writes
+	revision sallyport.Revision // of the group's last batch so far
+	rows     []Row              // of the group, in order
+	seen     map[Key]*Row       // as the group leaves them; nil: there is none
+	outcomes []outcome          // one for each job
+
+	roomAsked bool
+	roomErr   error
+}
+
+// view opens the head that a plan follows on.
+func (s *Server) view(tx Tx) (*view, error) {
+	head := tx.Head()
+	if err := s.follows(head, s.feed.reached()); err != nil {
+		return nil, err
+	}
+	total, err := s.seal.openHead(head)
+	if err != nil {
+		return nil, s.check(rolledBack("the record store cannot be trusted", err))
+	}
+	return &view{server: s, tx: tx, base: head, sum: total, revision: head.Revision, seen: map[Key]*Row{}}, nil
+}
+
+// planAll asks each job what to write, having read what they touch.
+func (v *view) planAll(jobs []*job) error {
+	var keys []Key
+	for _, j := range jobs {
+		for _, k := range j.touches {
+			if _, twice := v.seen[k]; !twice {
+				v.seen[k] = nil
+				keys = append(keys, k)
+			}
+		}
+	}
+	if err := v.read(keys); err != nil {
+		return err
+	}
+	for _, j := range jobs {
+		rev, err := v.plan(j)
+		v.outcomes = append(v.outcomes, outcome{rev, err})
+	}
+	return nil
+}
+
+// read takes rows in as the store has them.
+func (v *view) read(keys []Key) error {
+	if len(keys) == 0 {
+		return nil
+	}
+	rows, err := v.tx.Rows(keys...)
+	if err != nil {
+		return fmt.Errorf("read: %w", v.server.check(err))
+	}
+	for i := range rows {
+		v.seen[rows[i].Key()] = &rows[i]
+	}
+	return nil
+}
+
 // plan adds the job's rows to the group, or nothing.
-func (s *Server) plan(v *view, j *job) error {
+func (v *view) plan(j *job) (sallyport.Revision, error) {
 	ops, err := j.plan(v)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	rev := v.revision
 	if len(ops) > 0 {
@@ -150,69 +260,48 @@ func (s *Server) plan(v *view, j *job) error {
 	}
 	if !onlyTakesAway(ops) {
 		if err := v.room(); err != nil {
-			return err
+			return 0, err
 		}
 	}
-	if err := s.auditJob(v.ctx, j, ops, rev); err != nil {
-		return err
+	if err := v.server.auditJob(context.Background(), j, ops, rev); err != nil {
+		return 0, err
 	}
-	j.revision = rev
-	v.add(ops, rev)
-	return nil
+	return rev, v.add(ops, rev)
 }
 
-// write makes the group durable and tells the watches.
-func (s *Server) write(v *view) error {
+// change is what the group writes.
+func (v *view) change() (Change, error) {
 	if len(v.rows) == 0 {
-		return nil
+		return Change{}, nil
 	}
-	if err := s.store.Write(v.ctx, v.rows); err != nil {
-		s.auditFailure(v.ctx, s.queue.revision+1, v.revision, err)
-		return fmt.Errorf("apply: %w", s.check(err))
-	}
-	s.queue.revision = v.revision
-	s.feed.publish(v.rows)
-	return nil
-}
-
-// view is the records as the batches of a group see them: what the batches
-// before them write, then the store.
-type view struct {
-	ctx      context.Context
-	server   *Server
-	revision sallyport.Revision // of the group's last batch so far
-	rows     []Row              // of the group, in order
-	written  map[key]*Row       // the group's last row of each record
-
-	roomAsked bool
-	roomErr   error
+	head := v.base
+	head.Revision = v.revision
+	return Change{Rows: v.rows, Head: v.server.seal.sealHead(head, v.sum)}, nil
 }
 
 // room asks the store once for the whole group.
 func (v *view) room() error {
 	if !v.roomAsked {
-		v.roomAsked, v.roomErr = true, v.server.check(v.server.store.Room(v.ctx))
+		v.roomAsked, v.roomErr = true, v.server.check(v.server.store.Room(context.Background()))
 	}
 	return v.roomErr
 }
 
 // get returns the row as it stands, trusted or not; nil if there is none.
-func (v *view) get(k key) (*Row, error) {
-	if row, ok := v.written[k]; ok {
+func (v *view) get(k Key) (*Row, error) {
+	if row, ok := v.seen[k]; ok {
 		return row, nil
 	}
-	row, err := v.server.store.Get(v.ctx, k.kind, k.id)
-	if isNotFound(err) {
-		return nil, nil
+	v.seen[k] = nil
+	if err := v.read([]Key{k}); err != nil {
+		delete(v.seen, k)
+		return nil, err
 	}
-	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", k.kind, v.server.check(err))
-	}
-	return &row, nil
+	return v.seen[k], nil
 }
 
 // live returns the record if it counts, else nil.
-func (v *view) live(k key) (*sallyport.Record, error) {
+func (v *view) live(k Key) (*sallyport.Record, error) {
 	row, err := v.get(k)
 	if err != nil || row == nil || !v.server.live(row, v.server.now()) {
 		return nil, err
@@ -226,7 +315,7 @@ func (v *view) admit(batch []sallyport.Op) ([]sallyport.Op, error) {
 	for i := range batch {
 		op := &batch[i]
 		if op.If != (sallyport.Condition{}) {
-			live, err := v.live(key{op.Kind, op.ID})
+			live, err := v.live(Key{op.Kind, op.ID})
 			if err != nil {
 				return nil, err
 			}
@@ -235,7 +324,7 @@ func (v *view) admit(batch []sallyport.Op) ([]sallyport.Op, error) {
 			}
 		}
 		if op.Delete {
-			row, err := v.get(key{op.Kind, op.ID})
+			row, err := v.get(Key{op.Kind, op.ID})
 			if err != nil {
 				return nil, err
 			}
@@ -248,12 +337,22 @@ func (v *view) admit(batch []sallyport.Op) ([]sallyport.Op, error) {
 	return ops, nil
 }
 
-// add appends the rows that ops leave behind.
-func (v *view) add(ops []sallyport.Op, rev sallyport.Revision) {
+// add appends the rows that ops leave behind. An error leaves the view as it was.
+func (v *view) add(ops []sallyport.Op, rev sallyport.Revision) error {
+	for i := range ops { // everything is read before anything is changed
+		if _, err := v.get(Key{ops[i].Kind, ops[i].ID}); err != nil {
+			return err
+		}
+	}
 	for i := range ops {
 		row := v.server.seal.seal(recordOf(&ops[i], rev))
+		if old := v.seen[row.Key()]; old != nil {
+			v.sum.sub(v.server.seal.term(old))
+		}
+		v.sum.add(v.server.seal.term(&row))
 		v.rows = append(v.rows, row)
-		v.written[key{row.Kind, row.ID}] = &row
+		v.seen[row.Key()] = &row
 	}
 	v.revision = rev
+	return nil
 }

@@ -49,9 +49,10 @@ func (s *Server) auditAll(ctx context.Context, j *job, ops []sallyport.Op, rev s
 	return nil
 }
 
-// auditFailure tells that announced revisions were not written after all.
-func (s *Server) auditFailure(ctx context.Context, from, to sallyport.Revision, cause error) {
-	if s.audit == nil {
+// auditFailure tells that the revisions that a plan announced were not written
+// after all.
+func (s *Server) auditFailure(v *view, cause error) {
+	if s.audit == nil || len(v.rows) == 0 {
 		return
 	}
 	code := sallyport.CodeOf(cause)
@@ -61,10 +62,10 @@ func (s *Server) auditFailure(ctx context.Context, from, to sallyport.Revision, 
 	note := sallyport.AuditRecord{
 		Type:   sallyport.AuditChange,
 		Code:   code,
-		Detail: fmt.Sprintf("revisions %d to %d were not written", from, to),
+		Detail: fmt.Sprintf("revisions %d to %d were not written", v.base.Revision+1, v.revision),
 	}
-	if err := s.append(ctx, note); err != nil {
-		s.log.Error("failed write is not audited", "revision", uint64(to), "error", err)
+	if err := s.append(context.Background(), note); err != nil {
+		s.log.Error("failed write is not audited", "revision", uint64(v.revision), "error", err)
 	}
 }
 

@@ -18,7 +18,7 @@ const CatchUpMax = catchUpMax
 
 // TestRowsCodeCoversEachField belongs here because rows are sealed inside.
 func TestRowsCodeCoversEachField(t *testing.T) {
-	s := newSealer(make([]byte, KeySize))
+	s := sealerOf(t, make([]byte, KeySize))
 	session := sallyport.Put(sallyport.KindSession, "id", sallyport.Session{Login: "l", User: "u", Device: "d"})
 	sealed := func() Row { return s.seal(recordOf(&session, 7)) }
 	if row := sealed(); !s.genuine(&row) || row.Owner != (Owner{"l", "u", "d"}) {
@@ -42,11 +42,20 @@ func TestRowsCodeCoversEachField(t *testing.T) {
 		"shorter":   func(r *Row) { r.Payload = r.Payload[:5] },
 		"no code":   func(r *Row) { r.MAC = nil },
 		"half code": func(r *Row) { r.MAC = r.MAC[:16] },
-		"other key": func(r *Row) { *r = newSealer(append(make([]byte, 31), 1)).seal(r.Record) },
+		"other key": func(r *Row) { *r = sealerOf(t, append(make([]byte, 31), 1)).seal(r.Record) },
 	} {
 		row := sealed()
 		if edit(&row); s.genuine(&row) {
 			t.Errorf("%s changed, and the row is still genuine", name)
 		}
 	}
+}
+
+func sealerOf(t *testing.T, key []byte) *sealer {
+	t.Helper()
+	s, err := newSealer(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
 }

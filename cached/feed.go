@@ -37,25 +37,66 @@ func newFeed(at sallyport.Revision) *feed {
 	return &feed{maxBatches: feedBatches, maxBytes: feedBytes, base: at, last: at, wake: make(chan struct{})}
 }
 
-// publish appends the rows, which are in order of revision, and wakes everybody.
-func (f *feed) publish(rows []Row) {
+// publish appends what one group of batches wrote after from, and wakes everybody.
+// If the ring stands elsewhere (somebody else has written, too) it does nothing:
+// whoever follows the store will bring it.
+func (f *feed) publish(from, to sallyport.Revision, rows []Row) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.last != from {
+		return
+	}
 	for i := range rows {
 		row := &rows[i]
-		f.last = row.Revision
 		if !row.Kind.Streamed() {
 			continue
 		}
 		if n := len(f.batches); n == 0 || f.batches[n-1].revision != row.Revision {
 			f.batches = append(f.batches, change{revision: row.Revision})
 		}
-		c := &f.batches[len(f.batches)-1]
-		c.records = append(c.records, row.Record)
-		size := len(row.Payload) + len(row.ID) + 128
-		c.bytes += size
-		f.bytes += size
+		f.put(row.Record)
 	}
+	f.reach(to)
+}
+
+// merge appends records that were read from the store as one change: everything
+// after from. It reports whether the ring stood there.
+func (f *feed) merge(from, to sallyport.Revision, records []sallyport.Record) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.last != from {
+		return false
+	}
+	if len(records) > 0 {
+		f.batches = append(f.batches, change{revision: to})
+	}
+	for _, r := range records {
+		f.put(r)
+	}
+	f.reach(to)
+	return true
+}
+
+// skip starts the ring again at a revision: what lies before it has to be read
+// from the store.
+func (f *feed) skip(to sallyport.Revision) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.batches, f.bytes, f.base = nil, 0, to
+	f.reach(to)
+}
+
+// put adds a record to the last batch.
+func (f *feed) put(r sallyport.Record) {
+	c := &f.batches[len(f.batches)-1]
+	c.records = append(c.records, r)
+	size := len(r.Payload) + len(r.ID) + 128
+	c.bytes += size
+	f.bytes += size
+}
+
+func (f *feed) reach(to sallyport.Revision) {
+	f.last = to
 	f.trim()
 	close(f.wake)
 	f.wake = make(chan struct{})

@@ -72,7 +72,7 @@ func (l *lease) renew(ctx context.Context, cond sallyport.Condition) error {
 	rev, err := l.server.submit(ctx, &job{plan: func(v *view) ([]sallyport.Op, error) {
 		op.Expires = l.server.now().Add(l.ttl)
 		return v.admit([]sallyport.Op{op})
-	}})
+	}, touches: []Key{{op.Kind, op.ID}}})
 	if err != nil {
 		return err
 	}
@@ -116,9 +116,7 @@ func (l *lease) release(ctx context.Context) {
 		Kind: sallyport.KindLease, ID: l.name, Delete: true,
 		If: sallyport.Condition{Revision: l.revision},
 	}
-	_, err := l.server.submit(ctx, &job{plan: func(v *view) ([]sallyport.Op, error) {
-		return v.admit([]sallyport.Op{op})
-	}})
+	_, err := l.server.submit(ctx, admitting([]sallyport.Op{op}))
 	if err != nil && !errors.Is(err, sallyport.ErrConflict) {
 		l.server.log.Debug("lease is not released, it ends by itself", "lease", l.name, "error", err)
 	}

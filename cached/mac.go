@@ -1,6 +1,8 @@
 package cached
 
 import (
+	"crypto/cipher"
+	"crypto/hkdf"
 	"crypto/hmac"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -9,50 +11,109 @@ import (
 	"hash"
 	"sync"
 
+	"golang.org/x/crypto/chacha20poly1305"
+
 	"sallyport"
 )
 
 // KeySize is the length of the key of the rows' codes, in bytes.
 const KeySize = 32
 
-const macLabel = "sallyport cached row v1"
+const (
+	macLabel  = "sallyport cached row v1"
+	keyIDSize = 4
+	codeSize  = keyIDSize + sha256.Size
+)
 
-// sealer makes and checks the codes of rows. It is safe for concurrent use.
+// sealer makes and checks the codes of rows and the seal of the head. It is safe
+// for concurrent use.
 type sealer struct {
-	hashes sync.Pool // of hash.Hash keyed with the key
+	active *rowKey
+	keys   map[[keyIDSize]byte]*rowKey
 	bufs   sync.Pool // of *[]byte
 }
 
-func newSealer(key []byte) *sealer {
-	key = append([]byte(nil), key...)
-	return &sealer{
-		hashes: sync.Pool{New: func() any { return hmac.New(sha256.New, key) }},
-		bufs:   sync.Pool{New: func() any { return new([]byte) }},
+// rowKey is one key with what is derived from it: one key, one purpose.
+type rowKey struct {
+	id    [keyIDSize]byte
+	codes hashes      // of rows
+	terms hashes      // of the sum of rows
+	head  cipher.AEAD // XChaCha20-Poly1305
+}
+
+// hashes is a pool of HMACs under one key.
+type hashes struct{ pool sync.Pool }
+
+func newSealer(key []byte) (*sealer, error) {
+	k, err := newRowKey(key)
+	if err != nil {
+		return nil, err
 	}
+	return &sealer{
+		active: k,
+		keys:   map[[keyIDSize]byte]*rowKey{k.id: k},
+		bufs:   sync.Pool{New: func() any { return new([]byte) }},
+	}, nil
+}
+
+func newRowKey(key []byte) (*rowKey, error) {
+	var derived [4][]byte
+	for i, use := range []string{"id", "row", "sum", "head"} {
+		var err error
+		if derived[i], err = hkdf.Key(sha256.New, key, nil, "sallyport cached "+use+" v1", 32); err != nil {
+			return nil, err
+		}
+	}
+	head, err := chacha20poly1305.NewX(derived[3])
+	if err != nil {
+		return nil, err
+	}
+	k := &rowKey{id: [keyIDSize]byte(derived[0]), head: head}
+	k.codes.pool.New = func() any { return hmac.New(sha256.New, derived[1]) }
+	k.terms.pool.New = func() any { return hmac.New(sha256.New, derived[2]) }
+	return k, nil
+}
+
+// sum appends the HMAC of text to dst.
+func (h *hashes) sum(dst, text []byte) []byte {
+	m := h.pool.Get().(hash.Hash)
+	defer h.pool.Put(m)
+	m.Reset()
+	m.Write(text)
+	return m.Sum(dst)
+}
+
+// keyOf returns the key that the code of a row or a seal names; nil if it is none
+// of ours.
+func (s *sealer) keyOf(code []byte) *rowKey {
+	if len(code) < keyIDSize {
+		return nil
+	}
+	return s.keys[[keyIDSize]byte(code)]
 }
 
 // seal returns r as a row with owner and code.
 func (s *sealer) seal(r sallyport.Record) Row {
 	row := Row{Record: r, Owner: ownerOf(r)}
-	row.MAC = s.sum(&row, nil)
+	row.MAC = s.code(s.active, &row, make([]byte, 0, codeSize))
 	return row
 }
 
 // genuine reports whether the row is as it was sealed.
 func (s *sealer) genuine(row *Row) bool {
-	var sum [sha256.Size]byte
-	return subtle.ConstantTimeCompare(s.sum(row, sum[:0]), row.MAC) == 1
+	k := s.keyOf(row.MAC)
+	if k == nil {
+		return false
+	}
+	var code [codeSize]byte
+	return subtle.ConstantTimeCompare(s.code(k, row, code[:0]), row.MAC) == 1
 }
 
-func (s *sealer) sum(row *Row, dst []byte) []byte {
+func (s *sealer) code(k *rowKey, row *Row, dst []byte) []byte {
 	buf := s.bufs.Get().(*[]byte)
 	defer s.bufs.Put(buf)
 	*buf = appendRow((*buf)[:0], row)
-	h := s.hashes.Get().(hash.Hash)
-	defer s.hashes.Put(h)
-	h.Reset()
-	h.Write(*buf)
-	return h.Sum(dst)
+	return k.codes.sum(append(dst, k.id[:]...), *buf)
 }
 
 // appendRow appends what the code covers. Each variable part stands behind its

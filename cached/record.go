@@ -51,14 +51,14 @@ func checkBatch(batch []sallyport.Op) error {
 	if len(batch) > MaxOps {
 		return refuse("the batch has %d ops, %d are allowed", len(batch), MaxOps)
 	}
-	seen := make(map[key]struct{}, len(batch))
+	seen := make(map[Key]struct{}, len(batch))
 	total := 0
 	for i := range batch {
 		op := &batch[i]
 		if err := checkOp(op); err != nil {
 			return err
 		}
-		k := key{op.Kind, op.ID}
+		k := Key{op.Kind, op.ID}
 		if _, twice := seen[k]; twice {
 			return refuse("%s %q stands twice in the batch", op.Kind, op.ID)
 		}
@@ -155,9 +155,3 @@ func holds(c sallyport.Condition, live *sallyport.Record) bool {
 }
 
 func isNotFound(err error) bool { return errors.Is(err, sallyport.ErrNotFound) }
-
-// key names a record.
-type key struct {
-	kind sallyport.Kind
-	id   string
-}

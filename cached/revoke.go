@@ -34,7 +34,8 @@ func (s *Server) Revoke(ctx context.Context, r sallyport.Revocation) (sallyport.
 	}
 	var ended int
 	j.plan = func(v *view) ([]sallyport.Op, error) {
-		w := withdrawal{view: v, seen: map[key]struct{}{}}
+		ended = 0
+		w := withdrawal{view: v, seen: map[Key]struct{}{}}
 		for _, subject := range r.Subjects {
 			if err := w.subject(subject); err != nil {
 				return nil, err
@@ -65,7 +66,7 @@ func revocationNote(r sallyport.Revocation, subject sallyport.Subject) sallyport
 // withdrawal collects what a revocation deletes.
 type withdrawal struct {
 	view  *view
-	seen  map[key]struct{}
+	seen  map[Key]struct{}
 	ops   []sallyport.Op
 	ended int // live sessions among them
 }
@@ -73,7 +74,7 @@ type withdrawal struct {
 func (w *withdrawal) subject(s sallyport.Subject) error {
 	switch s.Kind {
 	case sallyport.SubjectSession:
-		return w.drop(key{sallyport.KindSession, s.ID})
+		return w.drop(Key{sallyport.KindSession, s.ID})
 	case sallyport.SubjectLogin:
 		return w.login(sallyport.LoginID(s.ID))
 	case sallyport.SubjectUser:
@@ -90,10 +91,10 @@ func (w *withdrawal) login(id sallyport.LoginID) error {
 	if id == "" {
 		return nil
 	}
-	if _, done := w.seen[key{sallyport.KindLogin, string(id)}]; done {
+	if _, done := w.seen[Key{sallyport.KindLogin, string(id)}]; done {
 		return nil
 	}
-	if err := w.drop(key{sallyport.KindLogin, string(id)}); err != nil {
+	if err := w.drop(Key{sallyport.KindLogin, string(id)}); err != nil {
 		return err
 	}
 	return w.owned(Owner{Login: id})
@@ -101,7 +102,7 @@ func (w *withdrawal) login(id sallyport.LoginID) error {
 
 // owned ends everything that hangs on owner, and the logins behind it.
 func (w *withdrawal) owned(owner Owner) error {
-	rows, err := w.view.server.store.Owned(w.view.ctx, owner)
+	rows, err := w.view.tx.Owned(owner)
 	if err != nil {
 		return fmt.Errorf("find sessions: %w", w.view.server.check(err))
 	}
@@ -124,7 +125,7 @@ func (w *withdrawal) owned(owner Owner) error {
 }
 
 // drop deletes the record if there is one.
-func (w *withdrawal) drop(k key) error {
+func (w *withdrawal) drop(k Key) error {
 	row, err := w.view.get(k)
 	if err != nil {
 		return err
@@ -138,7 +139,7 @@ func (w *withdrawal) drop(k key) error {
 }
 
 func (w *withdrawal) dropRow(row *Row) {
-	k := key{row.Kind, row.ID}
+	k := row.Key()
 	if _, done := w.seen[k]; done {
 		return
 	}
@@ -146,16 +147,16 @@ func (w *withdrawal) dropRow(row *Row) {
 	if row.Deleted {
 		return
 	}
-	if k.kind == sallyport.KindSession && w.view.server.live(row, w.view.server.now()) {
+	if k.Kind == sallyport.KindSession && w.view.server.live(row, w.view.server.now()) {
 		w.ended++
 	}
-	w.ops = append(w.ops, sallyport.Op{Kind: k.kind, ID: k.id, Delete: true})
+	w.ops = append(w.ops, sallyport.Op{Kind: k.Kind, ID: k.ID, Delete: true})
 }
 
 // device marks a device revoked, keeping every field that is not ours. A record
 // that cannot be marked is deleted: absent means revoked, too.
 func (w *withdrawal) device(id string) error {
-	live, err := w.view.live(key{sallyport.KindDevice, id})
+	live, err := w.view.live(Key{sallyport.KindDevice, id})
 	if err != nil || live == nil {
 		return err
 	}

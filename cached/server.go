@@ -30,12 +30,13 @@ type Deps struct {
 
 // Server implements sallyport.Records, sallyport.Lister and sallyport.Revoker.
 type Server struct {
-	store Store
-	seal  *sealer
-	audit sallyport.Auditor
-	log   logging.Logger
-	now   func() time.Time
-	epoch sallyport.Epoch
+	store  Store
+	shared Shared // the store, if others write it, too; else nil
+	seal   *sealer
+	audit  sallyport.Auditor
+	log    logging.Logger
+	now    func() time.Time
+	epoch  sallyport.Epoch
 
 	queue queue
 	feed  *feed
@@ -46,7 +47,10 @@ type Server struct {
 	endOnce sync.Once
 	reason  atomic.Pointer[sallyport.Error]
 
-	purge purgeClock // touched by Run alone
+	verified bool       // the whole store; touched by New and Run alone
+	purge    purgeClock // touched by Run alone
+
+	confirmed atomic.Pointer[time.Time] // when a shared store was last known to be the one; nil: never
 }
 
 // New returns a server over the store. It answers at once; Run sweeps what has
@@ -61,27 +65,38 @@ func New(cfg Config, deps Deps) (*Server, error) {
 	if len(deps.MACKey) != KeySize {
 		return nil, fmt.Errorf("cached: the key of the records has %d bytes, want %d", len(deps.MACKey), KeySize)
 	}
-	state, err := deps.Store.State(context.Background())
+	seal, err := newSealer(deps.MACKey)
+	if err != nil {
+		return nil, fmt.Errorf("cached: %w", err)
+	}
+	head, err := deps.Store.Head(context.Background())
 	if err != nil {
 		return nil, fmt.Errorf("cached: %w", err)
 	}
 	s := &Server{
 		store: deps.Store,
-		seal:  newSealer(deps.MACKey),
+		seal:  seal,
 		audit: deps.Audit,
 		log:   deps.Log,
 		now:   deps.Now,
-		epoch: state.Epoch,
-		feed:  newFeed(state.Revision),
+		epoch: head.Epoch,
+		feed:  newFeed(head.Revision),
 		ended: make(chan struct{}),
 	}
 	s.queue.busy = make(chan struct{}, 1)
-	s.queue.revision = state.Revision
 	if s.log == nil {
 		s.log = logging.Discard()
 	}
 	if s.now == nil {
 		s.now = time.Now
+	}
+	s.shared, _ = deps.Store.(Shared)
+	ctx, cancel := context.WithTimeout(context.Background(), verifyFirst)
+	defer cancel()
+	if err := s.verify(ctx); err == nil {
+		s.verified = true
+	} else if !errors.Is(err, context.DeadlineExceeded) {
+		return nil, fmt.Errorf("cached: %w", err)
 	}
 	return s, nil
 }
@@ -91,6 +106,16 @@ func New(cfg Config, deps Deps) (*Server, error) {
 // watches end, writes under way are finished first.
 func (s *Server) Run(ctx context.Context) error {
 	defer s.Close()
+	ctx, cancel := context.WithCancel(ctx)
+	var others sync.WaitGroup
+	defer others.Wait()
+	defer cancel()
+	if s.shared != nil {
+		others.Go(func() { s.follow(ctx) })
+	}
+	if !s.verified {
+		others.Go(func() { s.verifyLate(ctx) })
+	}
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
 	for {
@@ -98,7 +123,7 @@ func (s *Server) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-s.ended:
-			if e := s.reason.Load(); e.Code == codeBroken {
+			if e := s.reason.Load(); e.Code != codeClosed {
 				return e
 			}
 			return nil
@@ -113,7 +138,7 @@ func (s *Server) Run(ctx context.Context) error {
 func (s *Server) Close() error {
 	s.end(&sallyport.Error{
 		Outcome: sallyport.OutcomeUnavailable,
-		Code:    "storage.closed",
+		Code:    codeClosed,
 		Message: "the record store is shutting down",
 	})
 	s.queue.busy <- struct{}{}
@@ -129,7 +154,10 @@ func (s *Server) Ready() error {
 	return nil
 }
 
-const codeBroken = "storage.failed"
+const (
+	codeBroken = "storage.failed"
+	codeClosed = "storage.closed"
+)
 
 // end lets e be the answer to everything from now on.
 func (s *Server) end(e *sallyport.Error) {
@@ -139,17 +167,25 @@ func (s *Server) end(e *sallyport.Error) {
 	})
 }
 
-// check passes err on, and ends the server if the store broke.
+// check passes err on, and ends the server if the store broke or is not the one
+// that it was.
 func (s *Server) check(err error) error {
-	if err == nil || !errors.Is(err, ErrBroken) {
-		return err
+	if err == nil {
+		return nil
 	}
-	e := &sallyport.Error{
-		Outcome: sallyport.OutcomeUnavailable,
-		Code:    codeBroken,
-		Message: "the record store failed",
-		Hint:    "check the disk, then start cached again: everything acknowledged is on it",
-		Err:     err,
+	var e *sallyport.Error
+	switch {
+	case errors.Is(err, ErrBroken):
+		e = &sallyport.Error{
+			Outcome: sallyport.OutcomeUnavailable,
+			Code:    codeBroken,
+			Message: "the record store failed",
+			Hint:    "check the disk, then start cached again: everything acknowledged is on it",
+			Err:     err,
+		}
+	case errors.As(err, &e) && (e.Code == codeRolledBack || e.Code == codeReplaced):
+	default:
+		return err
 	}
 	s.log.Error("store failed", "error", err)
 	s.end(e)
@@ -182,8 +218,8 @@ func (s *Server) List(ctx context.Context, kind sallyport.Kind) ([]sallyport.Rec
 	}
 	list := []sallyport.Record{}
 	now := s.now()
-	err := s.store.Scan(ctx, []sallyport.Kind{kind},
-		func(State) error { return nil },
+	err := s.store.Scan(ctx, Query{Kinds: []sallyport.Kind{kind}},
+		func(Head) error { return nil },
 		func(row Row) error {
 			if s.live(&row, now) {
 				list = append(list, row.Record)

@@ -79,19 +79,39 @@ func (s *store) onWrite(f func([]cached.Row) error) {
 	s.write = f
 }
 
-func (s *store) Write(ctx context.Context, rows []cached.Row) error {
-	s.mu.Lock()
-	f := s.write
-	s.mu.Unlock()
-	if f != nil {
-		if err := f(rows); err != nil {
-			return err
+func (s *store) Update(ctx context.Context, plan func(cached.Tx) (cached.Change, error)) error {
+	return s.Store.Update(ctx, func(tx cached.Tx) (cached.Change, error) {
+		c, err := plan(seenTx{tx, s})
+		if err != nil || c.Empty() {
+			return c, err
 		}
+		s.mu.Lock()
+		f := s.write
+		s.mu.Unlock()
+		if f != nil {
+			if err := f(c.Rows); err != nil {
+				return c, err
+			}
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.groups = append(s.groups, c.Rows)
+		return c, nil
+	})
+}
+
+// seenTx is a Tx whose rows are tampered with.
+type seenTx struct {
+	cached.Tx
+	store *store
+}
+
+func (tx seenTx) Rows(keys ...cached.Key) ([]cached.Row, error) {
+	rows, err := tx.Tx.Rows(keys...)
+	for i := range rows {
+		rows[i] = tx.store.seen(rows[i])
 	}
-	s.mu.Lock()
-	s.groups = append(s.groups, rows)
-	s.mu.Unlock()
-	return s.Store.Write(ctx, rows)
+	return rows, err
 }
 
 // tamper lets every read see what edit makes of a row.
@@ -115,16 +135,16 @@ func (s *store) Get(ctx context.Context, kind sallyport.Kind, id string) (cached
 	return s.seen(row), err
 }
 
-func (s *store) Scan(ctx context.Context, kinds []sallyport.Kind, begin func(cached.State) error, each func(cached.Row) error) error {
-	return s.Store.Scan(ctx, kinds, begin, func(row cached.Row) error { return each(s.seen(row)) })
+func (s *store) Scan(ctx context.Context, q cached.Query, begin func(cached.Head) error, each func(cached.Row) error) error {
+	return s.Store.Scan(ctx, q, begin, func(row cached.Row) error { return each(s.seen(row)) })
 }
 
-func (s *store) Changed(ctx context.Context, after sallyport.Revision, limit int) ([]cached.Row, cached.State, error) {
-	rows, state, err := s.Store.Changed(ctx, after, limit)
+func (s *store) Changed(ctx context.Context, after sallyport.Revision, limit int) ([]cached.Row, cached.Head, error) {
+	rows, head, err := s.Store.Changed(ctx, after, limit)
 	for i := range rows {
 		rows[i] = s.seen(rows[i])
 	}
-	return rows, state, err
+	return rows, head, err
 }
 
 func put(kind sallyport.Kind, id string) sallyport.Op {
@@ -286,26 +306,26 @@ func TestExpiryIsToTheInstant(t *testing.T) {
 
 func TestOldTombstonesAreForgotten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		st := memory.New()
-		s := storetest.Serve(t, st)
+		st, key := memory.New(), storetest.Key()
+		s := storetest.Run(t, cached.Deps{Store: st, MACKey: key})
 		old := apply(t, s, put(sallyport.KindUser, "a"), put(sallyport.KindUser, "b"))
 		apply(t, s, sallyport.Op{Kind: sallyport.KindUser, ID: "a", Delete: true})
 		pass(30 * time.Minute)
 		young := apply(t, s, sallyport.Op{Kind: sallyport.KindUser, ID: "b", Delete: true})
-		state, err := st.State(t.Context())
+		state, err := st.Head(t.Context())
 		if err != nil || state.Compacted != 0 {
 			t.Errorf("after half an hour: got %+v, %v; want nothing compacted", state, err)
 		}
 		pass(45 * time.Minute)
 		synctest.Wait()
-		if state, _ = st.State(t.Context()); state.Compacted <= old || state.Compacted >= young {
+		if state, _ = st.Head(t.Context()); state.Compacted <= old || state.Compacted >= young {
 			t.Errorf("got %+v; want compacted between %d and %d", state, old, young)
 		}
 		rows, _, err := st.Changed(t.Context(), 0, 10)
 		if err != nil || len(rows) != 1 || rows[0].ID != "b" {
 			t.Errorf("got %v, %v; want the tombstone of b alone", rows, err)
 		}
-		restarted, err := cached.New(cached.Config{}, cached.Deps{Store: st, MACKey: storetest.Key()})
+		restarted, err := cached.New(cached.Config{}, cached.Deps{Store: st, MACKey: key})
 		if err != nil {
 			t.Fatal(err)
 		}

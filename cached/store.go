@@ -21,8 +21,17 @@ type Row struct {
 	// Owner is copied from the payload by the server, so that an engine finds
 	// what hangs on a login, user or device without reading payloads.
 	Owner Owner
-	// MAC covers everything else in the row.
+	// MAC covers everything else in the row, and names its key.
 	MAC []byte
+}
+
+// Key names the row.
+func (r *Row) Key() Key { return Key{r.Kind, r.ID} }
+
+// Key names a record.
+type Key struct {
+	Kind sallyport.Kind
+	ID   string
 }
 
 // Owner says on which login, user and device a record hangs; empty fields are
@@ -33,49 +42,97 @@ type Owner struct {
 	Device sallyport.DeviceID
 }
 
-// State is what a store knows about its history.
-type State struct {
+// Head is what a store says about all of its rows. There is one, and every write
+// replaces it.
+type Head struct {
 	Epoch sallyport.Epoch
 	// Revision is the last one written; 0 in an empty store.
 	Revision sallyport.Revision
 	// Compacted is the highest revision whose tombstones may be gone: nobody can
 	// catch up from below it.
 	Compacted sallyport.Revision
+	// Seal is the server's word for the rest of the head and for the sum of the
+	// rows. Empty before the first write.
+	Seal []byte
 }
 
-// Store is an engine. One server uses it and is its only writer; Write and Purge
-// are never called at the same time as each other. Rows that it returns belong
-// to the caller. Errors are *sallyport.Error with a storage.* code, or wrap
-// ErrBroken. Engines: cached/sqlite, cached/memory; the suite is storetest.Store.
+// Change is what a plan wants written. The zero Change writes nothing.
+type Change struct {
+	// Rows replace what stands under their keys, in this order.
+	Rows []Row
+	// Forget names rows that go without a trace.
+	Forget []Key
+	// Head replaces the store's.
+	Head Head
+}
+
+// Empty reports whether there is nothing to write.
+func (c *Change) Empty() bool {
+	return len(c.Rows) == 0 && len(c.Forget) == 0 && c.Head.Epoch == ""
+}
+
+// Tx is a store that stands still: nobody else writes, in this process or in
+// another, until the plan that sees it has been carried out.
+type Tx interface {
+	// Head returns what the plan follows on.
+	Head() Head
+	// Rows returns those rows of the keys that are there, live, expired or
+	// tombstones, in any order.
+	Rows(keys ...Key) ([]Row, error)
+	// Owned returns the rows, tombstones excluded, that share at least one
+	// non-empty field with owner.
+	Owned(owner Owner) ([]Row, error)
+	// Tombstones returns at most limit tombstones up to a revision.
+	Tombstones(upTo sallyport.Revision, limit int) ([]Row, error)
+}
+
+// Query says which rows a scan passes.
+type Query struct {
+	Kinds      []sallyport.Kind // empty: all
+	Tombstones bool             // these, too
+}
+
+// Store is an engine. Rows that it returns belong to the caller. Errors are
+// *sallyport.Error with a storage.* code, or wrap ErrBroken. Engines:
+// cached/sqlite, cached/postgres, cached/memory; the suite is storetest.Store.
 type Store interface {
-	// State returns where the store's history stands.
-	State(ctx context.Context) (State, error)
+	// Head returns where the store's history stands.
+	Head(ctx context.Context) (Head, error)
 	// Get returns a row, be it live, expired or a tombstone, or
 	// sallyport.ErrNotFound if there never was one.
 	Get(ctx context.Context, kind sallyport.Kind, id string) (Row, error)
-	// Write makes all rows durable or none, in order: a later row of the same
-	// record replaces an earlier one. Revisions are above every one written
-	// before and do not fall.
-	Write(ctx context.Context, rows []Row) error
+	// Update lets the store stand still, asks plan what to write, and makes all of
+	// it durable or nothing. It may ask plan again (when the engine has to start
+	// over); the last answer counts. An error of plan is returned, and nothing is
+	// written. ctx bounds the wait for other writers, not the commit.
+	Update(ctx context.Context, plan func(Tx) (Change, error)) error
 	// Room returns an error, storage.full, while the store should only take what
 	// ends something: what is left of the disk is kept for revocations.
 	Room(ctx context.Context) error
-	// Scan calls begin with the state and then each for every row of the kinds
-	// (all if empty) that is no tombstone, all at one instant of the store's
-	// history. The first error ends it and is returned.
-	Scan(ctx context.Context, kinds []sallyport.Kind, begin func(State) error, each func(Row) error) error
+	// Scan calls begin with the head and then each for every row that the query
+	// asks for, all at one instant of the store's history. The first error ends it
+	// and is returned.
+	Scan(ctx context.Context, q Query, begin func(Head) error, each func(Row) error) error
 	// Changed returns at most limit rows, tombstones included, whose revision is
-	// above after, in order of revision, and the state at that instant.
-	Changed(ctx context.Context, after sallyport.Revision, limit int) ([]Row, State, error)
-	// Owned returns the rows, tombstones excluded, that share at least one
-	// non-empty field with owner.
-	Owned(ctx context.Context, owner Owner) ([]Row, error)
+	// above after, in order of revision, and the head at that instant.
+	Changed(ctx context.Context, after sallyport.Revision, limit int) ([]Row, Head, error)
 	// Expired returns at most limit rows, tombstones excluded, that end at now or
 	// before, the oldest first.
 	Expired(ctx context.Context, now time.Time, limit int) ([]Row, error)
-	// Purge forgets at most limit tombstones up to a revision, having durably
-	// raised State.Compacted to it, and returns how many.
-	Purge(ctx context.Context, upTo sallyport.Revision, limit int) (int, error)
 	// Maintain does the engine's own housekeeping; called about each second.
 	Maintain(ctx context.Context) error
+}
+
+// Shared is an engine whose store several servers write at the same time. What
+// one of them writes, the others learn by reading.
+type Shared interface {
+	Store
+	// Wait returns when somebody may have written since it returned last, and
+	// after max at the latest.
+	Wait(ctx context.Context, max time.Duration) error
+	// Confirm returns nil once the store has proved that it is the one that
+	// everybody writes to. A standby cannot, nor can a primary that was cut off
+	// from its synchronous standby while that one took over: what they hold may be
+	// older than what others go by.
+	Confirm(ctx context.Context) error
 }

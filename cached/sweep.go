@@ -43,7 +43,7 @@ func (s *Server) sweepExpired(ctx context.Context) error {
 		if len(rows) == 0 {
 			return nil
 		}
-		j := &job{why: "expired", plan: func(v *view) ([]sallyport.Op, error) { return v.stillThere(rows) }}
+		j := &job{why: "expired", touches: keysOf(rows), plan: func(v *view) ([]sallyport.Op, error) { return v.stillThere(rows) }}
 		if _, err := s.submit(ctx, j); err != nil {
 			return err
 		}
@@ -58,7 +58,7 @@ func (s *Server) sweepExpired(ctx context.Context) error {
 func (v *view) stillThere(rows []Row) ([]sallyport.Op, error) {
 	var ops []sallyport.Op
 	for i := range rows {
-		now, err := v.get(key{rows[i].Kind, rows[i].ID})
+		now, err := v.get(rows[i].Key())
 		if err != nil {
 			return nil, err
 		}
@@ -103,10 +103,41 @@ func (s *Server) sweepTombstones(ctx context.Context) error {
 	case <-ctx.Done():
 		return nil
 	}
-	n, err := s.store.Purge(ctx, upTo, purgeMax)
-	<-s.queue.busy
+	defer func() { <-s.queue.busy }()
+	var n int
+	err := s.update(ctx, func(tx Tx) (c Change, err error) {
+		c, n, err = s.forget(tx, upTo)
+		return c, err
+	})
 	if err == nil && n < purgeMax {
 		s.purge.upTo = 0
 	}
-	return s.check(err)
+	return err
+}
+
+// forget plans to drop the oldest tombstones: nobody can catch up from below them
+// any more.
+func (s *Server) forget(tx Tx, upTo sallyport.Revision) (Change, int, error) {
+	v, err := s.view(tx)
+	if err != nil {
+		return Change{}, 0, err
+	}
+	rows, err := tx.Tombstones(upTo, purgeMax)
+	if err != nil {
+		return Change{}, 0, err
+	}
+	for i := range rows {
+		v.sum.sub(s.seal.term(&rows[i]))
+	}
+	head := v.base
+	head.Compacted = max(head.Compacted, upTo)
+	return Change{Forget: keysOf(rows), Head: s.seal.sealHead(head, v.sum)}, len(rows), nil
+}
+
+func keysOf(rows []Row) []Key {
+	keys := make([]Key, len(rows))
+	for i := range rows {
+		keys[i] = rows[i].Key()
+	}
+	return keys
 }

@@ -37,6 +37,9 @@ func (s *Server) Watch(ctx context.Context, q sallyport.WatchRequest, each func(
 			return refuse("%q is not a kind that can be watched", kind)
 		}
 	}
+	if !s.current() {
+		return errNotCurrent
+	}
 	w := &watch{server: s, kinds: q.Kinds, each: each}
 	if err := w.start(ctx, q); err != nil {
 		return err
@@ -72,11 +75,11 @@ func (w *watch) start(ctx context.Context, q sallyport.WatchRequest) error {
 	}
 	w.at = q.Since
 	if !w.server.feed.reaches(w.at) {
-		state, err := w.server.store.State(ctx)
+		head, err := w.server.store.Head(ctx)
 		if err != nil {
 			return fmt.Errorf("watch: %w", w.server.check(err))
 		}
-		if w.at < state.Compacted {
+		if w.at < head.Compacted {
 			return fmt.Errorf("watch: %w", sallyport.ErrCompacted)
 		}
 	}
@@ -108,9 +111,12 @@ func (w *watch) snapshot(ctx context.Context) error {
 		part, bytes = nil, 0
 		return w.send(sallyport.WatchItems, records, 0)
 	}
-	err := w.server.store.Scan(ctx, w.kinds,
-		func(state State) error {
-			w.at = state.Revision
+	err := w.server.store.Scan(ctx, Query{Kinds: w.kinds},
+		func(head Head) error {
+			if err := w.server.follows(head, 0); err != nil {
+				return err
+			}
+			w.at = head.Revision
 			return w.send(sallyport.WatchBegin, nil, 0)
 		},
 		func(row Row) error {
@@ -162,6 +168,9 @@ func (w *watch) follow(ctx context.Context) error {
 		case <-w.server.ended:
 			return w.server.Ready()
 		case <-beat.C:
+			if !w.server.current() {
+				continue // to say nothing is to say that this may be old
+			}
 			if err := w.send(sallyport.WatchHeartbeat, nil, 0); err != nil {
 				return err
 			}
@@ -192,11 +201,14 @@ func (w *watch) change(c *change) error {
 // change: the store keeps the last row of each record only, so a single batch
 // of the past may be incomplete, but all of them together are not.
 func (w *watch) catchUp(ctx context.Context) error {
-	rows, state, err := w.server.store.Changed(ctx, w.at, catchUpMax+1)
+	rows, head, err := w.server.store.Changed(ctx, w.at, catchUpMax+1)
+	if err == nil {
+		err = w.server.follows(head, w.at)
+	}
 	if err != nil {
 		return fmt.Errorf("watch: %w", w.server.check(err))
 	}
-	if w.at < state.Compacted || len(rows) > catchUpMax {
+	if w.at < head.Compacted || len(rows) > catchUpMax {
 		return fmt.Errorf("watch: %w", sallyport.ErrCompacted)
 	}
 	var records []sallyport.Record
@@ -209,9 +221,9 @@ func (w *watch) catchUp(ctx context.Context) error {
 		if bytes += len(row.Payload); bytes > catchUpBytes {
 			return fmt.Errorf("watch: %w", sallyport.ErrCompacted)
 		}
-		records = append(records, w.tell(row))
+		records = append(records, w.server.tell(row))
 	}
-	w.at = state.Revision
+	w.at = head.Revision
 	if len(records) == 0 {
 		return nil
 	}
@@ -220,8 +232,8 @@ func (w *watch) catchUp(ctx context.Context) error {
 
 // tell returns the record of a row, or a tombstone for one that does not verify:
 // whoever holds an earlier version must let go of it.
-func (w *watch) tell(row *Row) sallyport.Record {
-	if w.server.trusted(row) {
+func (s *Server) tell(row *Row) sallyport.Record {
+	if s.trusted(row) {
 		return row.Record
 	}
 	return sallyport.Record{Kind: row.Kind, ID: row.ID, Version: row.Version, Revision: row.Revision, Deleted: true}

@@ -7,7 +7,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"fmt"
 	"slices"
 	"sync"
 	"time"
@@ -18,75 +17,105 @@ import (
 
 // Store implements cached.Store.
 type Store struct {
-	epoch sallyport.Epoch
+	writing sync.Mutex // held from a plan to its end
 
-	mu        sync.RWMutex
-	rows      map[key]cached.Row // payloads are never changed in place
-	revision  sallyport.Revision
-	compacted sallyport.Revision
-}
-
-type key struct {
-	kind sallyport.Kind
-	id   string
+	mu   sync.RWMutex              // guards what follows
+	rows map[cached.Key]cached.Row // payloads are never changed in place
+	head cached.Head
 }
 
 // New returns an empty store with an epoch of its own.
 func New() *Store {
-	return &Store{epoch: sallyport.Epoch(sallyport.NewID("e")), rows: map[key]cached.Row{}}
+	return &Store{head: cached.Head{Epoch: sallyport.Epoch(sallyport.NewID("e"))}, rows: map[cached.Key]cached.Row{}}
 }
 
 var _ cached.Store = (*Store)(nil)
 
-// State implements cached.Store.
-func (s *Store) State(context.Context) (cached.State, error) {
+// Head implements cached.Store.
+func (s *Store) Head(context.Context) (cached.Head, error) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	return s.state(), nil
-}
-
-func (s *Store) state() cached.State {
-	return cached.State{Epoch: s.epoch, Revision: s.revision, Compacted: s.compacted}
+	return s.head, nil
 }
 
 // Get implements cached.Store.
 func (s *Store) Get(_ context.Context, kind sallyport.Kind, id string) (cached.Row, error) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	row, ok := s.rows[key{kind, id}]
+	row, ok := s.rows[cached.Key{Kind: kind, ID: id}]
 	if !ok {
 		return cached.Row{}, sallyport.ErrNotFound
 	}
 	return clone(row), nil
 }
 
-// Write implements cached.Store.
-func (s *Store) Write(_ context.Context, rows []cached.Row) error {
+// Update implements cached.Store.
+func (s *Store) Update(_ context.Context, plan func(cached.Tx) (cached.Change, error)) error {
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	change, err := plan(tx{s})
+	if err != nil || change.Empty() {
+		return err
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	last := s.revision
-	for i := range rows {
-		if rows[i].Revision <= s.revision || rows[i].Revision < last {
-			return fmt.Errorf("write %s %s: revision %d after %d: %w", rows[i].Kind, rows[i].ID, rows[i].Revision, last, cached.ErrBroken)
-		}
-		last = rows[i].Revision
+	for i := range change.Rows {
+		s.rows[change.Rows[i].Key()] = clone(change.Rows[i])
 	}
-	for i := range rows {
-		s.rows[key{rows[i].Kind, rows[i].ID}] = clone(rows[i])
+	for _, k := range change.Forget {
+		delete(s.rows, k)
 	}
-	s.revision = last
+	s.head = change.Head
 	return nil
+}
+
+// tx is the store while nobody else writes.
+type tx struct{ *Store }
+
+// Head implements cached.Tx.
+func (t tx) Head() cached.Head {
+	head, _ := t.Store.Head(context.Background()) // a map does not fail
+	return head
+}
+
+// Rows implements cached.Tx.
+func (t tx) Rows(keys ...cached.Key) ([]cached.Row, error) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	rows := []cached.Row{}
+	for _, k := range keys {
+		if row, ok := t.rows[k]; ok {
+			rows = append(rows, clone(row))
+		}
+	}
+	return rows, nil
+}
+
+// Owned implements cached.Tx.
+func (t tx) Owned(owner cached.Owner) ([]cached.Row, error) {
+	rows, _ := t.pick(func(r *cached.Row) bool {
+		return !r.Deleted && (owner.Login != "" && r.Owner.Login == owner.Login ||
+			owner.User != "" && r.Owner.User == owner.User ||
+			owner.Device != "" && r.Owner.Device == owner.Device)
+	})
+	return rows, nil
+}
+
+// Tombstones implements cached.Tx.
+func (t tx) Tombstones(upTo sallyport.Revision, limit int) ([]cached.Row, error) {
+	rows, _ := t.pick(func(r *cached.Row) bool { return r.Deleted && r.Revision <= upTo })
+	return rows[:min(limit, len(rows))], nil
 }
 
 // Room implements cached.Store.
 func (s *Store) Room(context.Context) error { return nil }
 
 // Scan implements cached.Store.
-func (s *Store) Scan(ctx context.Context, kinds []sallyport.Kind, begin func(cached.State) error, each func(cached.Row) error) error {
-	rows, state := s.pick(func(r *cached.Row) bool {
-		return !r.Deleted && (len(kinds) == 0 || slices.Contains(kinds, r.Kind))
+func (s *Store) Scan(ctx context.Context, q cached.Query, begin func(cached.Head) error, each func(cached.Row) error) error {
+	rows, head := s.pick(func(r *cached.Row) bool {
+		return (q.Tombstones || !r.Deleted) && (len(q.Kinds) == 0 || slices.Contains(q.Kinds, r.Kind))
 	})
-	if err := begin(state); err != nil {
+	if err := begin(head); err != nil {
 		return err
 	}
 	for _, row := range rows {
@@ -101,19 +130,9 @@ func (s *Store) Scan(ctx context.Context, kinds []sallyport.Kind, begin func(cac
 }
 
 // Changed implements cached.Store.
-func (s *Store) Changed(_ context.Context, after sallyport.Revision, limit int) ([]cached.Row, cached.State, error) {
-	rows, state := s.pick(func(r *cached.Row) bool { return r.Revision > after })
-	return rows[:min(limit, len(rows))], state, nil
-}
-
-// Owned implements cached.Store.
-func (s *Store) Owned(_ context.Context, owner cached.Owner) ([]cached.Row, error) {
-	rows, _ := s.pick(func(r *cached.Row) bool {
-		return !r.Deleted && (owner.Login != "" && r.Owner.Login == owner.Login ||
-			owner.User != "" && r.Owner.User == owner.User ||
-			owner.Device != "" && r.Owner.Device == owner.Device)
-	})
-	return rows, nil
+func (s *Store) Changed(_ context.Context, after sallyport.Revision, limit int) ([]cached.Row, cached.Head, error) {
+	rows, head := s.pick(func(r *cached.Row) bool { return r.Revision > after })
+	return rows[:min(limit, len(rows))], head, nil
 }
 
 // Expired implements cached.Store.
@@ -125,27 +144,12 @@ func (s *Store) Expired(_ context.Context, now time.Time, limit int) ([]cached.R
 	return rows[:min(limit, len(rows))], nil
 }
 
-// Purge implements cached.Store.
-func (s *Store) Purge(_ context.Context, upTo sallyport.Revision, limit int) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.compacted = max(s.compacted, upTo)
-	n := 0
-	for k, row := range s.rows {
-		if n < limit && row.Deleted && row.Revision <= upTo {
-			delete(s.rows, k)
-			n++
-		}
-	}
-	return n, nil
-}
-
 // Maintain implements cached.Store.
 func (s *Store) Maintain(context.Context) error { return nil }
 
 // pick returns copies of the rows that ok says yes to, in order of revision, and
-// the state they belong to.
-func (s *Store) pick(ok func(*cached.Row) bool) ([]cached.Row, cached.State) {
+// the head they belong to.
+func (s *Store) pick(ok func(*cached.Row) bool) ([]cached.Row, cached.Head) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	rows := []cached.Row{}
@@ -157,7 +161,7 @@ func (s *Store) pick(ok func(*cached.Row) bool) ([]cached.Row, cached.State) {
 	slices.SortFunc(rows, func(a, b cached.Row) int {
 		return cmp.Or(cmp.Compare(a.Revision, b.Revision), cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.ID, b.ID))
 	})
-	return rows, s.state()
+	return rows, s.head
 }
 
 func clone(row cached.Row) cached.Row {

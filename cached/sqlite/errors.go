@@ -45,6 +45,22 @@ func corrupt(path, message string, cause error) error {
 	}
 }
 
+// rolledBack returns the refusal to start from a file that is not the one that was
+// written last.
+func rolledBack(path string, revision uint64, m *marker) error {
+	message := fmt.Sprintf("the record store is at revision %d, and %d was written: an older file was put in its place", revision, m.Revision)
+	if m.Revision <= revision {
+		message = "the record store is not the one that was written here last"
+	}
+	return &sallyport.Error{
+		Outcome: sallyport.OutcomeInternal,
+		Code:    "storage.rolled_back",
+		Message: message,
+		Hint: fmt.Sprintf("put back %s as it was; or run `sallyport restore --in-place --config FILE`, "+
+			"which takes it as it is and ends every session", path),
+	}
+}
+
 // damaged says which of the errors at opening mean that the file is no good.
 func damaged(path string, err error) error {
 	if err == nil || sallyport.CodeOf(err) != "" {

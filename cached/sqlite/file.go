@@ -53,12 +53,20 @@ var schema = []string{`
 	CREATE INDEX record_of_login  ON record (of_login)  WHERE deleted = 0 AND of_login <> '';
 	CREATE INDEX record_of_user   ON record (of_user)   WHERE deleted = 0 AND of_user <> '';
 	CREATE INDEX record_of_device ON record (of_device) WHERE deleted = 0 AND of_device <> '';
+`, `
+	CREATE TABLE head (
+		one       INTEGER PRIMARY KEY CHECK (one = 1),
+		epoch     TEXT    NOT NULL,
+		revision  INTEGER NOT NULL,
+		compacted INTEGER NOT NULL,
+		seal      BLOB    NOT NULL
+	) STRICT;
+	INSERT INTO head SELECT 1, e, max(coalesce((SELECT max(revision) FROM record), 0), c), c, x''
+		FROM (SELECT (SELECT value FROM meta WHERE name = 'epoch') AS e, (SELECT value FROM meta WHERE name = 'compacted') AS c);
+	DELETE FROM meta WHERE name IN ('epoch', 'compacted');
 `}
 
-// selectState reads the last revision and the compacted one. Purging never
-// reuses a revision: what was purged lies at or below compacted.
-const selectState = `SELECT max(coalesce((SELECT max(revision) FROM record), 0), c), c
-	FROM (SELECT value AS c FROM meta WHERE name = 'compacted')`
+const selectHead = `SELECT epoch, revision, compacted, seal FROM head`
 
 func dsn(path string, busy time.Duration, readOnly bool) string {
 	v := url.Values{}
@@ -218,32 +226,22 @@ func (s *Store) inspect(path string) error {
 	return nil
 }
 
-// load reads the state and starts a new epoch where the history is not the one
-// that the marker knows.
-func (s *Store) load() error {
+// load reads the head, and refuses a store that lies behind what the marker knows
+// to have been written: somebody put an older file in its place.
+func (s *Store) load(path string) error {
 	ctx := context.Background()
 	var store string
-	var revision, compacted uint64
-	row := s.writer.QueryRowContext(ctx, `SELECT (SELECT value FROM meta WHERE name = 'store'), (SELECT value FROM meta WHERE name = 'epoch')`)
-	if err := row.Scan(&store, &s.epoch); err != nil {
+	if err := s.writer.QueryRowContext(ctx, `SELECT value FROM meta WHERE name = 'store'`).Scan(&store); err != nil {
 		return err
 	}
-	if err := s.writer.QueryRowContext(ctx, selectState).Scan(&revision, &compacted); err != nil {
+	head, err := readHead(s.writer.QueryRowContext(ctx, selectHead))
+	if err != nil {
 		return err
 	}
-	s.revision.Store(revision)
-	s.compacted.Store(compacted)
-	known := s.marker.initialised && s.marker.Store == store && s.marker.Revision <= revision
-	if !known && revision > 0 {
-		if s.marker.initialised {
-			s.log.Warn("record store is not the one that was written last, starting a new epoch",
-				"revision", revision, "revision_known", s.marker.Revision)
-		}
-		s.epoch = sallyport.Epoch(sallyport.NewID("e"))
-		if _, err := s.writer.ExecContext(ctx, `UPDATE meta SET value = ? WHERE name = 'epoch'`, string(s.epoch)); err != nil {
-			return err
-		}
+	if m := s.marker; m.initialised && (m.Store != store || m.Revision > uint64(head.Revision)) {
+		return rolledBack(path, uint64(head.Revision), m)
 	}
+	s.head.Store(&head)
 	s.marker.adopt(store)
 	return nil
 }

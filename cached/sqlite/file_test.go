@@ -83,7 +83,7 @@ func epochOf(t testing.TB, path string) (sallyport.Epoch, sallyport.Revision) {
 		t.Fatal(err)
 	}
 	defer store.Close()
-	state, err := store.State(t.Context())
+	state, err := store.Head(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -130,20 +130,21 @@ func TestRevisionsAreNeverReused(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tomb := cached.Row{Record: sallyport.Record{Kind: sallyport.KindUser, ID: "u", Revision: 3, Deleted: true}, MAC: []byte{1}}
-	err = store.Write(t.Context(), []cached.Row{tomb})
-	if _, perr := store.Purge(t.Context(), 3, 10); err != nil || perr != nil {
-		t.Fatal(err, perr)
-	}
-	if err := store.Close(); err != nil {
+	err = store.Update(t.Context(), func(tx cached.Tx) (cached.Change, error) {
+		head := tx.Head()
+		head.Revision, head.Compacted = 3, 3
+		return cached.Change{Forget: []cached.Key{{Kind: sallyport.KindSession, ID: "s1"}}, Head: head}, nil
+	})
+	if err := errors.Join(err, store.Close()); err != nil {
 		t.Fatal(err)
 	}
 	if _, rev := epochOf(t, path); rev != 3 {
-		t.Errorf("got revision %d after the last row was purged; want 3", rev)
+		t.Errorf("got revision %d after the last row was forgotten; want 3", rev)
 	}
 }
 
-func TestARestoredBackupIsANewEpoch(t *testing.T) {
+// Who was revoked since the backup would be let in again.
+func TestAnOlderFileIsRefused(t *testing.T) {
 	path := filled(t, 3)
 	backup := filepath.Join(t.TempDir(), "backup.db")
 	inSQL(t, path, `VACUUM INTO ?`, backup)
@@ -152,21 +153,17 @@ func TestARestoredBackupIsANewEpoch(t *testing.T) {
 		t.Fatal(err)
 	}
 	end()
-	before, _ := epochOf(t, path)
 	move(t, backup, path)
-	after, rev := epochOf(t, path)
-	if after == before || rev != 3 {
-		t.Errorf("got epoch %s at %d; want another than %s at 3", after, rev, before)
+	refused := func(what string) {
+		t.Helper()
+		if _, err := sqlite.Open(path, sqlite.Config{}); sallyport.CodeOf(err) != "storage.rolled_back" {
+			t.Errorf("%s: got %v; want storage.rolled_back", what, err)
+		}
 	}
-	if again, _ := epochOf(t, path); again != after {
-		t.Errorf("got epoch %s, then %s; want one new epoch", after, again)
-	}
-	other := filled(t, 3)
-	was, _ := epochOf(t, other)
-	move(t, other, path)
-	if now, _ := epochOf(t, path); now == was || now == after {
-		t.Errorf("got epoch %s for another store's file; want a new one", now)
-	}
+	refused("an older file")
+	refused("an older file, a second time")
+	move(t, filled(t, 9), path)
+	refused("another store's file")
 }
 
 func move(t *testing.T, from, to string) {
@@ -255,21 +252,27 @@ func TestCase_L5_AFlippedBitNeverChangesARecord(t *testing.T) {
 		}
 		store, err := sqlite.Open(path, sqlite.Config{})
 		if err != nil {
-			if c := sallyport.CodeOf(err); c != "storage.corrupt" && c != "schema.too_new" {
+			if c := sallyport.CodeOf(err); c != "storage.corrupt" && c != "schema.too_new" && c != "storage.rolled_back" {
 				t.Errorf("bit %d: got %v; want storage.corrupt", bit, err)
 			}
 			refused++
 			continue
 		}
-		missing += readSessions(t, store, sessions, bit)
+		n, err := readSessions(t, store, sessions, bit)
+		if missing += n; err != nil {
+			refused++
+		}
 		_ = store.Close() // may find the damage, too
 	}
 	t.Logf("60 bits: %d files refused, %d sessions missing, none changed", refused, missing)
 }
 
-func readSessions(t *testing.T, store *sqlite.Store, n, bit int) (missing int) {
+func readSessions(t *testing.T, store *sqlite.Store, n, bit int) (missing int, refused error) {
 	t.Helper()
 	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: key})
+	if sallyport.CodeOf(err) == "storage.rolled_back" {
+		return 0, err
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -282,28 +285,56 @@ func readSessions(t *testing.T, store *sqlite.Store, n, bit int) (missing int) {
 			t.Errorf("bit %d: got %+v; want %s unchanged", bit, r, op.ID)
 		}
 	}
-	return missing
+	return missing, nil
 }
 
 func TestCase_L8_ContentOfAnotherRowDoesNotVerify(t *testing.T) {
-	for name, text := range map[string]string{
-		"exchanged":    `UPDATE record SET (payload, mac) = (SELECT payload, mac FROM record WHERE id = 's1') WHERE id = 's0'`,
-		"renamed":      `UPDATE record SET id = 's7' WHERE id = 's0'`,
-		"owner hidden": `UPDATE record SET of_user = '' WHERE id = 's0'`,
-		"prolonged":    `UPDATE record SET expires = 1 << 62 WHERE id = 's0'`,
-		"set back":     `UPDATE record SET revision = 0 WHERE id = 's0'`,
-		"removed":      `DELETE FROM record WHERE id = 's0'`,
+	for name, c := range map[string]struct {
+		text    string
+		refused bool // a code went or came: the sum of the rows does not fit
+	}{
+		"exchanged":    {`UPDATE record SET (payload, mac) = (SELECT payload, mac FROM record WHERE id = 's1') WHERE id = 's0'`, true},
+		"removed":      {`DELETE FROM record WHERE id = 's0'`, true},
+		"renamed":      {`UPDATE record SET id = 's7' WHERE id = 's0'`, false},
+		"owner hidden": {`UPDATE record SET of_user = '' WHERE id = 's0'`, false},
+		"prolonged":    {`UPDATE record SET expires = 1 << 62 WHERE id = 's0'`, false},
+		"set back":     {`UPDATE record SET revision = 0 WHERE id = 's0'`, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			path := filled(t, 2)
-			inSQL(t, path, text)
-			s, end := serve(t, path)
-			defer end()
+			inSQL(t, path, c.text)
+			store := open(t, path)
+			s, err := cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: key})
+			if c.refused {
+				if sallyport.CodeOf(err) != "storage.rolled_back" {
+					t.Errorf("got %v; want storage.rolled_back", err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
 			list, err := s.List(t.Context(), sallyport.KindSession)
 			if err != nil || len(list) != 1 || list[0].ID != "s1" {
 				t.Errorf("got %v, %v; want s1 alone", list, err)
 			}
 		})
+	}
+}
+
+// A row with its code as it stood before it was replaced is genuine: only the
+// head knows better.
+func TestCase_L8_ARowThatWasPutBackIsRefused(t *testing.T) {
+	path := filled(t, 2)
+	inSQL(t, path, `CREATE TABLE kept AS SELECT * FROM record WHERE id = 's0'`)
+	s, end := serve(t, path)
+	if _, err := s.Revoke(t.Context(), sallyport.Revocation{Subjects: []sallyport.Subject{{Kind: sallyport.SubjectSession, ID: "s0"}}}); err != nil {
+		t.Fatal(err)
+	}
+	end()
+	inSQL(t, path, `REPLACE INTO record SELECT * FROM kept`)
+	if _, err := cached.New(cached.Config{}, cached.Deps{Store: open(t, path), MACKey: key}); sallyport.CodeOf(err) != "storage.rolled_back" {
+		t.Errorf("got %v; want storage.rolled_back", err)
 	}
 }
 

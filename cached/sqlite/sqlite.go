@@ -21,6 +21,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -44,22 +45,22 @@ type Store struct {
 	path   string
 	log    logging.Logger
 	marker *marker
-	epoch  sallyport.Epoch
 
-	// revision and compacted follow what is committed.
-	revision  atomic.Uint64
-	compacted atomic.Uint64
+	head atomic.Pointer[cached.Head] // follows what is committed
 
-	readers *sql.DB
-	get     *sql.Stmt
-	changed *sql.Stmt
-	expired *sql.Stmt
-	owned   [3]*sql.Stmt // by login, user, device
+	readers    *sql.DB
+	get        *sql.Stmt
+	changed    *sql.Stmt
+	expired    *sql.Stmt
+	tombstones *sql.Stmt
+	owned      [3]*sql.Stmt // by login, user, device
 
 	writeMu sync.Mutex // guards what follows: one transaction at a time
 	writers *sql.DB
 	writer  *sql.Conn
 	put     *sql.Stmt
+	forget  *sql.Stmt
+	putHead *sql.Stmt
 }
 
 var _ cached.Store = (*Store)(nil)
@@ -104,11 +105,11 @@ func (s *Store) open(path string, busy time.Duration) error {
 	if err := s.prepare(); err != nil {
 		return damaged(path, err)
 	}
-	if err := s.load(); err != nil {
+	if err := s.load(path); err != nil {
 		return damaged(path, err)
 	}
 	s.reserve()
-	return s.marker.write(s.revision.Load(), true)
+	return s.marker.write(s.revision(), true)
 }
 
 // connect opens one connection for writes and a pool for reads.
@@ -140,6 +141,9 @@ func (s *Store) prepare() error {
 			ON CONFLICT (kind, id) DO UPDATE SET version=excluded.version, revision=excluded.revision,
 			deleted=excluded.deleted, expires=excluded.expires, of_login=excluded.of_login, of_user=excluded.of_user,
 			of_device=excluded.of_device, payload=excluded.payload, mac=excluded.mac`},
+		{&s.forget, s.writer, `DELETE FROM record WHERE kind = ? AND id = ?`},
+		{&s.putHead, s.writer, `UPDATE head SET epoch = ?, revision = ?, compacted = ?, seal = ?`},
+		{&s.tombstones, s.readers, `SELECT ` + columns + ` FROM record WHERE deleted = 1 AND revision <= ? LIMIT ?`},
 		{&s.get, s.readers, `SELECT ` + columns + ` FROM record WHERE kind = ? AND id = ?`},
 		{&s.changed, s.readers, `SELECT ` + columns + ` FROM record WHERE revision > ? ORDER BY revision LIMIT ?`},
 		{&s.expired, s.readers, `SELECT ` + columns + ` FROM record
@@ -164,7 +168,7 @@ func ownedBy(column string) string {
 // Close writes back what the log still holds and lets another process open the
 // file. No other method may be under way.
 func (s *Store) Close() error {
-	return errors.Join(s.marker.write(s.revision.Load(), true), s.close())
+	return errors.Join(s.marker.write(s.revision(), true), s.close())
 }
 
 func (s *Store) close() error {
@@ -174,8 +178,10 @@ func (s *Store) close() error {
 	if s.readers != nil {
 		errs = append(errs, s.readers.Close())
 	}
-	if s.put != nil {
-		errs = append(errs, s.put.Close())
+	for _, stmt := range []*sql.Stmt{s.put, s.forget, s.putHead} {
+		if stmt != nil {
+			errs = append(errs, stmt.Close())
+		}
 	}
 	if s.writer != nil {
 		errs = append(errs, s.writer.Close())
@@ -186,13 +192,14 @@ func (s *Store) close() error {
 	return errors.Join(append(errs, s.marker.Close())...)
 }
 
-// State implements cached.Store.
-func (s *Store) State(context.Context) (cached.State, error) {
-	return cached.State{
-		Epoch:     s.epoch,
-		Revision:  sallyport.Revision(s.revision.Load()),
-		Compacted: sallyport.Revision(s.compacted.Load()),
-	}, nil
+// Head implements cached.Store.
+func (s *Store) Head(context.Context) (cached.Head, error) { return *s.head.Load(), nil }
+
+func (s *Store) revision() uint64 {
+	if h := s.head.Load(); h != nil {
+		return uint64(h.Revision)
+	}
+	return 0
 }
 
 // Get implements cached.Store.
@@ -212,24 +219,60 @@ func (s *Store) Get(ctx context.Context, kind sallyport.Kind, id string) (cached
 	return rows[0], nil
 }
 
-// Write implements cached.Store.
-func (s *Store) Write(ctx context.Context, rows []cached.Row) error {
-	if len(rows) == 0 {
-		return nil
+// Update implements cached.Store.
+func (s *Store) Update(ctx context.Context, plan func(cached.Tx) (cached.Change, error)) error {
+	s.writeMu.Lock()
+	defer s.writeMu.Unlock()
+	change, err := plan(tx{s})
+	if err != nil || change.Empty() {
+		return err
 	}
-	err := s.transaction(ctx, func() error {
-		for i := range rows {
-			if err := s.putRow(ctx, &rows[i]); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-	if err != nil {
+	ctx = context.WithoutCancel(ctx)
+	if err := s.transaction(ctx, func() error { return s.carryOut(ctx, &change) }); err != nil {
 		return fmt.Errorf("write: %w", err)
 	}
-	s.revision.Store(uint64(rows[len(rows)-1].Revision))
+	s.head.Store(&change.Head)
 	return nil
+}
+
+func (s *Store) carryOut(ctx context.Context, c *cached.Change) error {
+	for i := range c.Rows {
+		if err := s.putRow(ctx, &c.Rows[i]); err != nil {
+			return err
+		}
+	}
+	for _, k := range c.Forget {
+		if _, err := s.forget.ExecContext(ctx, string(k.Kind), k.ID); err != nil {
+			return err
+		}
+	}
+	_, err := s.putHead.ExecContext(ctx, string(c.Head.Epoch), int64(c.Head.Revision), int64(c.Head.Compacted), c.Head.Seal)
+	return err
+}
+
+// tx is the store while nobody else writes: the lock on the file keeps other
+// processes out, writeMu everybody in this one.
+type tx struct{ *Store }
+
+// Head implements cached.Tx.
+func (t tx) Head() cached.Head { return *t.head.Load() }
+
+// Rows implements cached.Tx.
+func (t tx) Rows(keys ...cached.Key) ([]cached.Row, error) {
+	var all []cached.Row
+	for _, k := range keys {
+		rows, err := collect(t.get.QueryContext(context.Background(), string(k.Kind), k.ID))
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, rows...)
+	}
+	return all, nil
+}
+
+// Tombstones implements cached.Tx.
+func (t tx) Tombstones(upTo sallyport.Revision, limit int) ([]cached.Row, error) {
+	return collect(t.tombstones.QueryContext(context.Background(), int64(upTo), limit))
 }
 
 func (s *Store) putRow(ctx context.Context, r *cached.Row) error {
@@ -243,10 +286,9 @@ func (s *Store) putRow(ctx context.Context, r *cached.Row) error {
 }
 
 // transaction runs do between BEGIN and COMMIT. After an error nothing of it is
-// left, unless the error wraps cached.ErrBroken.
+// left, unless the error wraps cached.ErrBroken. The caller holds writeMu, or is
+// still opening the store.
 func (s *Store) transaction(ctx context.Context, do func() error) error {
-	s.writeMu.Lock()
-	defer s.writeMu.Unlock()
 	if _, err := s.writer.ExecContext(ctx, `BEGIN IMMEDIATE`); err != nil {
 		return classify(err)
 	}
@@ -263,19 +305,12 @@ func (s *Store) transaction(ctx context.Context, do func() error) error {
 }
 
 // Scan implements cached.Store.
-func (s *Store) Scan(ctx context.Context, kinds []sallyport.Kind, begin func(cached.State) error, each func(cached.Row) error) error {
-	return s.snapshot(ctx, func(tx *sql.Tx, state cached.State) error {
-		if err := begin(state); err != nil {
+func (s *Store) Scan(ctx context.Context, q cached.Query, begin func(cached.Head) error, each func(cached.Row) error) error {
+	return s.snapshot(ctx, func(tx *sql.Tx, head cached.Head) error {
+		if err := begin(head); err != nil {
 			return err
 		}
-		text, args := `SELECT `+columns+` FROM record WHERE deleted = 0`, []any(nil)
-		for i, kind := range kinds {
-			text += [2]string{` AND kind IN (?`, `, ?`}[min(i, 1)]
-			args = append(args, string(kind))
-		}
-		if len(kinds) > 0 {
-			text += `)`
-		}
+		text, args := selecting(q)
 		rows, err := tx.QueryContext(ctx, text, args...)
 		if err != nil {
 			return classify(err)
@@ -294,48 +329,63 @@ func (s *Store) Scan(ctx context.Context, kinds []sallyport.Kind, begin func(cac
 	})
 }
 
+// selecting returns the statement of a query and its arguments.
+func selecting(q cached.Query) (text string, args []any) {
+	text = `SELECT ` + columns + ` FROM record`
+	var terms []string
+	if !q.Tombstones {
+		terms = append(terms, `deleted = 0`)
+	}
+	if len(q.Kinds) > 0 {
+		terms = append(terms, `kind IN (?`+strings.Repeat(`, ?`, len(q.Kinds)-1)+`)`)
+	}
+	for _, kind := range q.Kinds {
+		args = append(args, string(kind))
+	}
+	if len(terms) > 0 {
+		text += ` WHERE ` + strings.Join(terms, ` AND `)
+	}
+	return text, args
+}
+
 // Changed implements cached.Store.
-func (s *Store) Changed(ctx context.Context, after sallyport.Revision, limit int) (rows []cached.Row, state cached.State, err error) {
-	err = s.snapshot(ctx, func(tx *sql.Tx, at cached.State) error {
-		state = at
+func (s *Store) Changed(ctx context.Context, after sallyport.Revision, limit int) (rows []cached.Row, head cached.Head, err error) {
+	err = s.snapshot(ctx, func(tx *sql.Tx, at cached.Head) error {
+		head = at
 		rows, err = collect(tx.StmtContext(ctx, s.changed).QueryContext(ctx, int64(after), limit))
 		return err
 	})
-	return rows, state, err
+	return rows, head, err
 }
 
 // snapshot runs do on one instant of the history.
-func (s *Store) snapshot(ctx context.Context, do func(*sql.Tx, cached.State) error) error {
+func (s *Store) snapshot(ctx context.Context, do func(*sql.Tx, cached.Head) error) error {
 	tx, err := s.readers.BeginTx(ctx, nil)
 	if err != nil {
 		return classify(err)
 	}
 	defer tx.Rollback()
-	state := cached.State{Epoch: s.epoch}
-	if err := tx.QueryRowContext(ctx, selectState).Scan(&state.Revision, &state.Compacted); err != nil {
+	head, err := readHead(tx.QueryRowContext(ctx, selectHead))
+	if err != nil {
 		return classify(err)
 	}
-	return do(tx, state)
+	return do(tx, head)
 }
 
-// Owned implements cached.Store.
-func (s *Store) Owned(ctx context.Context, owner cached.Owner) ([]cached.Row, error) {
-	type key struct {
-		kind sallyport.Kind
-		id   string
-	}
-	seen := map[key]bool{}
+// Owned implements cached.Tx.
+func (t tx) Owned(owner cached.Owner) ([]cached.Row, error) {
+	seen := map[cached.Key]bool{}
 	all := []cached.Row{}
 	for i, value := range []string{string(owner.Login), string(owner.User), string(owner.Device)} {
 		if value == "" {
 			continue
 		}
-		rows, err := collect(s.owned[i].QueryContext(ctx, value))
+		rows, err := collect(t.owned[i].QueryContext(context.Background(), value))
 		if err != nil {
 			return nil, err
 		}
 		for _, row := range rows {
-			if k := (key{row.Kind, row.ID}); !seen[k] {
+			if k := row.Key(); !seen[k] {
 				seen[k] = true
 				all = append(all, row)
 			}
@@ -349,32 +399,10 @@ func (s *Store) Expired(ctx context.Context, now time.Time, limit int) ([]cached
 	return collect(s.expired.QueryContext(ctx, cached.UnixNano(now), limit))
 }
 
-// Purge implements cached.Store.
-func (s *Store) Purge(ctx context.Context, upTo sallyport.Revision, limit int) (int, error) {
-	var n int64
-	err := s.transaction(ctx, func() error {
-		if _, err := s.writer.ExecContext(ctx, `UPDATE meta SET value = max(CAST(value AS INTEGER), ?) WHERE name = 'compacted'`, int64(upTo)); err != nil {
-			return err
-		}
-		res, err := s.writer.ExecContext(ctx, `DELETE FROM record WHERE rowid IN
-			(SELECT rowid FROM record WHERE deleted = 1 AND revision <= ? LIMIT ?)`, int64(upTo), limit)
-		if err != nil {
-			return err
-		}
-		n, err = res.RowsAffected()
-		return err
-	})
-	if err != nil {
-		return 0, fmt.Errorf("purge: %w", err)
-	}
-	s.compacted.Store(max(s.compacted.Load(), uint64(upTo)))
-	return int(n), nil
-}
-
 // Maintain implements cached.Store: the marker follows the revision, and a log
 // that grew during a long read shrinks again.
 func (s *Store) Maintain(ctx context.Context) error {
-	if err := s.marker.write(s.revision.Load(), false); err != nil {
+	if err := s.marker.write(s.revision(), false); err != nil {
 		return err
 	}
 	return s.shrinkLog(ctx)
@@ -394,6 +422,11 @@ func collect(rows *sql.Rows, err error) ([]cached.Row, error) {
 		all = append(all, row)
 	}
 	return all, classify(rows.Err())
+}
+
+func readHead(row *sql.Row) (h cached.Head, err error) {
+	err = row.Scan(&h.Epoch, &h.Revision, &h.Compacted, &h.Seal)
+	return h, err
 }
 
 func read(rows *sql.Rows) (cached.Row, error) {

@@ -36,7 +36,10 @@ var storeCases = []struct {
 	{"changes come in order of revision", storeChanged},
 	{"rows are found by their owners", storeOwned},
 	{"what has ended is found, oldest first", storeExpired},
-	{"purging forgets old tombstones only", storePurge},
+	{"a scan may ask for tombstones", storeScanTombstones},
+	{"old tombstones are found and forgotten", storeForgets},
+	{"a plan sees the store, and its error writes nothing", storePlans},
+	{"plans are carried out one after the other", storeOneAfterTheOther},
 	{"rows belong to the caller", storeOwnership},
 	{"readers are not in the way of the writer", storeConcurrent},
 }
@@ -47,26 +50,37 @@ type engine struct {
 	cached.Store
 }
 
+// write writes rows as a server would: the head follows the last of them.
 func (e *engine) write(rows ...cached.Row) {
 	e.t.Helper()
-	if err := e.Write(e.t.Context(), rows); err != nil {
+	e.update(func(tx cached.Tx) cached.Change {
+		head := tx.Head()
+		head.Revision, head.Seal = rows[len(rows)-1].Revision, []byte("sealed")
+		return cached.Change{Rows: rows, Head: head}
+	})
+}
+
+func (e *engine) update(plan func(cached.Tx) cached.Change) {
+	e.t.Helper()
+	err := e.Update(e.t.Context(), func(tx cached.Tx) (cached.Change, error) { return plan(tx), nil })
+	if err != nil {
 		e.t.Fatal(err)
 	}
 }
 
-func (e *engine) state() cached.State {
+func (e *engine) head() cached.Head {
 	e.t.Helper()
-	state, err := e.State(e.t.Context())
+	head, err := e.Head(e.t.Context())
 	if err != nil {
 		e.t.Fatal(err)
 	}
-	return state
+	return head
 }
 
 func (e *engine) scan(kinds ...sallyport.Kind) []cached.Row {
 	e.t.Helper()
 	rows := []cached.Row{}
-	err := e.Scan(e.t.Context(), kinds, func(cached.State) error { return nil }, func(row cached.Row) error {
+	err := e.Scan(e.t.Context(), cached.Query{Kinds: kinds}, func(cached.Head) error { return nil }, func(row cached.Row) error {
 		rows = append(rows, row)
 		return nil
 	})
@@ -109,9 +123,9 @@ func same(t *testing.T, got, want any) {
 }
 
 func storeEmpty(t *testing.T, s *engine) {
-	state := s.state()
-	if state.Epoch == "" || state.Revision != 0 || state.Compacted != 0 {
-		t.Errorf("got state %+v; want an epoch at revision 0", state)
+	head := s.head()
+	if head.Epoch == "" || head.Revision != 0 || head.Compacted != 0 || len(head.Seal) != 0 {
+		t.Errorf("got head %+v; want an epoch at revision 0", head)
 	}
 	if _, err := s.Get(t.Context(), sallyport.KindUser, "u"); !errors.Is(err, sallyport.ErrNotFound) {
 		t.Errorf("got %v; want ErrNotFound", err)
@@ -152,7 +166,7 @@ func storeReplaces(t *testing.T, s *engine) {
 		t.Fatal(err)
 	}
 	same(t, got, row(u, "b", 3, tombstone))
-	if rev := s.state().Revision; rev != 3 {
+	if rev := s.head().Revision; rev != 3 {
 		t.Errorf("got revision %d; want 3", rev)
 	}
 }
@@ -163,8 +177,8 @@ func storeScanInstant(t *testing.T, s *engine) {
 	}
 	seen := 0
 	var at sallyport.Revision
-	err := s.Scan(t.Context(), nil, func(state cached.State) error {
-		at = state.Revision
+	err := s.Scan(t.Context(), cached.Query{}, func(head cached.Head) error {
+		at = head.Revision
 		return nil
 	}, func(r cached.Row) error {
 		if seen == 0 { // writes meanwhile are not seen
@@ -190,17 +204,17 @@ func storeScanKinds(t *testing.T, s *engine) {
 func storeScanError(t *testing.T, s *engine) {
 	s.write(row(sallyport.KindUser, "a", 1), row(sallyport.KindUser, "b", 2))
 	stop := errors.New("stop")
-	none := func(cached.State) error { return nil }
-	if err := s.Scan(t.Context(), nil, func(cached.State) error { return stop }, nil); !errors.Is(err, stop) {
+	none := func(cached.Head) error { return nil }
+	if err := s.Scan(t.Context(), cached.Query{}, func(cached.Head) error { return stop }, nil); !errors.Is(err, stop) {
 		t.Errorf("got %v; want begin's error", err)
 	}
 	n := 0
-	if err := s.Scan(t.Context(), nil, none, func(cached.Row) error { n++; return stop }); !errors.Is(err, stop) || n != 1 {
+	if err := s.Scan(t.Context(), cached.Query{}, none, func(cached.Row) error { n++; return stop }); !errors.Is(err, stop) || n != 1 {
 		t.Errorf("got %v after %d rows; want each's error after 1", err, n)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := s.Scan(ctx, nil, none, func(cached.Row) error { return nil }); !errors.Is(err, context.Canceled) {
+	if err := s.Scan(ctx, cached.Query{}, none, func(cached.Row) error { return nil }); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v; want context.Canceled", err)
 	}
 }
@@ -219,12 +233,12 @@ func storeChanged(t *testing.T, s *engine) {
 		{0, 3, []string{"a", "c", "b"}},
 		{6, 10, []string{}},
 	} {
-		rows, state, err := s.Changed(t.Context(), c.after, c.limit)
+		rows, head, err := s.Changed(t.Context(), c.after, c.limit)
 		if err != nil {
 			t.Fatal(err)
 		}
 		same(t, ids(rows), c.want)
-		same(t, state, s.state())
+		same(t, head, s.head())
 	}
 }
 
@@ -251,13 +265,16 @@ func storeOwned(t *testing.T, s *engine) {
 		{of("", "carol", ""), []string{}},
 		{of("", "", ""), []string{}},
 	} {
-		rows, err := s.Owned(t.Context(), c.owner)
-		if err != nil {
-			t.Fatal(err)
-		}
-		got := ids(rows)
-		slices.Sort(got)
-		same(t, got, c.want)
+		s.update(func(tx cached.Tx) cached.Change {
+			rows, err := tx.Owned(c.owner)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := ids(rows)
+			slices.Sort(got)
+			same(t, got, c.want)
+			return cached.Change{}
+		})
 	}
 }
 
@@ -279,27 +296,109 @@ func storeExpired(t *testing.T, s *engine) {
 	}
 }
 
-func storePurge(t *testing.T, s *engine) {
+func storeForgets(t *testing.T, s *engine) {
 	u := sallyport.KindUser
 	s.write(row(u, "a", 1, tombstone), row(u, "b", 2), row(u, "c", 3, tombstone), row(u, "d", 4, tombstone))
-	purge := func(upTo sallyport.Revision, limit, want int) {
+	forget := func(upTo sallyport.Revision, limit, want int) {
 		t.Helper()
-		n, err := s.Purge(t.Context(), upTo, limit)
-		if err != nil || n != want {
-			t.Errorf("got %d, %v; want %d", n, err, want)
+		s.update(func(tx cached.Tx) cached.Change {
+			rows, err := tx.Tombstones(upTo, limit)
+			if err != nil || len(rows) != want {
+				t.Errorf("got %d tombstones, %v; want %d", len(rows), err, want)
+			}
+			c := cached.Change{Head: tx.Head()}
+			c.Head.Compacted, c.Head.Seal = max(c.Head.Compacted, upTo), []byte("sealed")
+			for _, row := range rows {
+				c.Forget = append(c.Forget, row.Key())
+			}
+			return c
+		})
+	}
+	forget(3, 1, 1)
+	forget(3, 10, 1)
+	forget(4, 10, 1) // the last revision of all
+	same(t, ids(s.scan()), []string{"b"})
+	if head := s.head(); head.Compacted != 4 || head.Revision != 4 {
+		t.Errorf("got head %+v; want revision 4, compacted 4", head)
+	}
+}
+
+func storePlans(t *testing.T, s *engine) {
+	u := sallyport.KindUser
+	s.write(row(u, "a", 1), row(u, "b", 2), row(u, "c", 2, tombstone))
+	before := s.head()
+	stop := errors.New("stop")
+	err := s.Update(t.Context(), func(tx cached.Tx) (cached.Change, error) {
+		same(t, tx.Head(), before)
+		rows, err := tx.Rows(cached.Key{Kind: u, ID: "c"}, cached.Key{Kind: u, ID: "x"}, cached.Key{Kind: u, ID: "a"}, cached.Key{Kind: sallyport.KindDevice, ID: "b"})
+		if err != nil {
+			return cached.Change{}, err
+		}
+		got := ids(rows)
+		slices.Sort(got)
+		same(t, got, []string{"a", "c"})
+		head := tx.Head()
+		head.Revision = 3
+		return cached.Change{Rows: []cached.Row{row(u, "a", 3)}, Head: head}, stop
+	})
+	if !errors.Is(err, stop) {
+		t.Errorf("got %v; want the plan's error", err)
+	}
+	s.update(func(cached.Tx) cached.Change { return cached.Change{} })
+	same(t, s.head(), before)
+	same(t, ids(s.scan()), []string{"a", "b"})
+}
+
+// Plans that read what the plan before them wrote must see it.
+func storeOneAfterTheOther(t *testing.T, s *engine) {
+	const writers, each = 8, 10
+	s.write(row(sallyport.KindUser, "n", 1))
+	errs := make(chan error, writers)
+	for range writers {
+		go func() {
+			errs <- func() error {
+				for range each {
+					err := s.Update(context.Background(), func(tx cached.Tx) (cached.Change, error) {
+						rows, err := tx.Rows(cached.Key{Kind: sallyport.KindUser, ID: "n"})
+						if err != nil {
+							return cached.Change{}, err
+						}
+						head := tx.Head()
+						if rows[0].Revision != head.Revision {
+							return cached.Change{}, fmt.Errorf("row at %d, head at %d", rows[0].Revision, head.Revision)
+						}
+						head.Revision++
+						return cached.Change{Rows: []cached.Row{row(sallyport.KindUser, "n", head.Revision)}, Head: head}, nil
+					})
+					if err != nil {
+						return err
+					}
+				}
+				return nil
+			}()
+		}()
+	}
+	for range writers {
+		if err := <-errs; err != nil {
+			t.Error(err)
 		}
 	}
-	purge(3, 1, 1)
-	purge(3, 10, 1)
-	purge(4, 10, 1) // the last revision of all
-	same(t, ids(s.scan()), []string{"b"})
-	if state := s.state(); state.Compacted != 4 || state.Revision != 4 {
-		t.Errorf("got state %+v; want revision 4, compacted 4", state)
+	if rev := s.head().Revision; rev != 1+writers*each {
+		t.Errorf("got revision %d; want %d", rev, 1+writers*each)
 	}
-	purge(1, 10, 0)
-	if state := s.state(); state.Compacted != 4 {
-		t.Errorf("got compacted %d; want 4", state.Compacted)
+}
+
+func storeScanTombstones(t *testing.T, s *engine) {
+	s.write(row(sallyport.KindUser, "a", 1), row(sallyport.KindUser, "b", 2, tombstone), row(sallyport.KindDevice, "c", 3, tombstone))
+	got := []string{}
+	err := s.Scan(t.Context(), cached.Query{Kinds: []sallyport.Kind{sallyport.KindUser}, Tombstones: true},
+		func(cached.Head) error { return nil },
+		func(r cached.Row) error { got = append(got, r.ID); return nil })
+	if err != nil {
+		t.Fatal(err)
 	}
+	slices.Sort(got)
+	same(t, got, []string{"a", "b"})
 }
 
 func storeOwnership(t *testing.T, s *engine) {
