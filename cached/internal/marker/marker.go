@@ -103,6 +103,9 @@ func (m *Marker) Write(revision uint64, sync bool) error {
 	return SyncDir(filepath.Dir(m.f.Name()))
 }
 
+// Path is the file's name.
+func (m *Marker) Path() string { return m.f.Name() }
+
 // Fd is the file's, to ask about the disk that it lies on.
 func (m *Marker) Fd() uintptr { return m.f.Fd() }
 
