@@ -60,3 +60,10 @@ func TestStore(t *testing.T) {
 func TestRecords(t *testing.T) {
 	storetest.Records(t, func(t *testing.T) storetest.API { return storetest.Serve(t, fresh(t)) })
 }
+
+func TestShared(t *testing.T) {
+	storetest.Shared(t, func(t *testing.T) (a, b cached.Shared) {
+		url := cluster.URL(cluster.Database(t))
+		return open(t, config(t, url)), open(t, config(t, url))
+	})
+}

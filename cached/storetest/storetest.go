@@ -1,14 +1,15 @@
 // Package storetest is the conformance suites of the record store: [Store] for
-// the engines under a cached.Server and [Records] for what its users see,
-// whether they hold the server itself or a client that reaches it over the
-// wire. Both need a real implementation and prove behaviour only through its
-// interface.
+// the engines under a cached.Server, [Shared] for those that several servers may
+// write, and [Records] for what their users see, whether they hold the server
+// itself or a client that reaches it over the wire. All need a real
+// implementation and prove behaviour only through its interface.
 package storetest
 
 import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"sync"
 	"testing"
 	"time"
 
@@ -37,6 +38,19 @@ func Serve(t testing.TB, store cached.Store) *cached.Server {
 // Run returns a server with these parts, running until the test ends.
 func Run(t testing.TB, deps cached.Deps) *cached.Server {
 	t.Helper()
+	s, stop := start(t, deps)
+	t.Cleanup(func() {
+		if err := stop(); err != nil {
+			t.Errorf("cached.Server.Run: %v", err)
+		}
+	})
+	awaitCurrent(t, s)
+	return s
+}
+
+// start returns a running server, and what ends it and returns Run's error.
+func start(t testing.TB, deps cached.Deps) (*cached.Server, func() error) {
+	t.Helper()
 	s, err := cached.New(cached.Config{}, deps)
 	if err != nil {
 		t.Fatal(err)
@@ -44,14 +58,10 @@ func Run(t testing.TB, deps cached.Deps) *cached.Server {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()
-	t.Cleanup(func() {
+	return s, sync.OnceValue(func() error {
 		cancel()
-		if err := <-done; err != nil {
-			t.Errorf("cached.Server.Run: %v", err)
-		}
+		return <-done
 	})
-	awaitCurrent(t, s)
-	return s
 }
 
 // awaitCurrent waits until watches may begin: on a shared store that takes a
