@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -55,9 +57,11 @@ func newPool(cfg Config) (*pgxpool.Pool, *primary, error) {
 	if c.ConnConfig.ConnectTimeout == 0 || c.ConnConfig.ConnectTimeout > 2*time.Second {
 		c.ConnConfig.ConnectTimeout = 2 * time.Second
 	}
-	c.ConnConfig.ValidateConnect = p.check
 	c.ConnConfig.OnNotice = noteWarning
-	c.BeforeConnect = func(_ context.Context, cc *pgx.ConnConfig) error { return readPassword(cfg.PasswordFile, &cc.Config) }
+	c.BeforeConnect = func(_ context.Context, cc *pgx.ConnConfig) error {
+		p.guard(&cc.Config)
+		return readPassword(cfg.PasswordFile, &cc.Config)
+	}
 	c.MaxConns, c.MaxConnIdleTime, c.MaxConnLifetime = maxConns, time.Minute, time.Hour
 	c.MaxConnLifetimeJitter, c.PingTimeout = 10*time.Minute, 2*time.Second
 	pool, err := pgxpool.NewWithConfig(context.Background(), c)
@@ -74,7 +78,7 @@ func readPassword(path string, c *pgconn.Config) error {
 	}
 	text, err := tlsid.ReadKeyFile(path)
 	if err != nil {
-		return fmt.Errorf("cached.store_password_file: %w", err)
+		return passed{fmt.Errorf("cached.store_password_file: %w", err)}
 	}
 	c.Password = strings.TrimRight(string(text), "\r\n")
 	return nil
@@ -89,6 +93,28 @@ type primary struct {
 	mu       sync.Mutex // guards what follows
 	timeline string     // the highest seen; they have all the same length
 	shunned  string     // the address of a server that could not confirm
+}
+
+// guard has a new connection lead to the primary or nowhere. Once it is there,
+// nothing is dialled for it any more: the driver would have PostgreSQL cancel what
+// takes too long, and a commit that waits for its standby would go through without.
+func (p *primary) guard(c *pgconn.Config) {
+	var connected atomic.Bool
+	dial := c.DialFunc
+	c.DialFunc = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		if connected.Load() {
+			return nil, errors.New("a statement is left to its own timeout")
+		}
+		if p.shuns(addr) {
+			return nil, errors.New("its synchronous standby does not answer")
+		}
+		return dial(ctx, network, addr)
+	}
+	c.ValidateConnect = func(ctx context.Context, conn *pgconn.PgConn) error {
+		err := p.check(ctx, conn)
+		connected.Store(err == nil)
+		return err
+	}
 }
 
 // asking also sees to it that a commit is a promise: with synchronous_commit off
@@ -115,8 +141,6 @@ func (p *primary) check(ctx context.Context, conn *pgconn.PgConn) error {
 		return errors.New("it takes no writes")
 	case timeline < p.timeline:
 		return errors.New("another server was promoted in its place")
-	case addressOf(conn) == p.shunned:
-		return errors.New("its synchronous standby does not answer")
 	}
 	if p.timeline != "" && p.timeline != timeline {
 		p.log.Info("PostgreSQL has a new primary", "timeline", timeline)
@@ -130,19 +154,23 @@ func (p *primary) shun(conn *pgconn.PgConn) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.several {
-		p.shunned = addressOf(conn)
+		p.shunned = conn.Conn().RemoteAddr().String()
 	}
 	return p.several
 }
 
-// forgive takes back shun: there is no other.
+func (p *primary) shuns(addr string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.shunned == addr
+}
+
+// forgive takes back shun.
 func (p *primary) forgive() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.shunned = ""
 }
-
-func addressOf(conn *pgconn.PgConn) string { return conn.Conn().RemoteAddr().String() }
 
 const warningsKey = "warnings"
 
@@ -162,7 +190,11 @@ func warnings(conn *pgx.Conn) int {
 // read runs a short read, again if it was not PostgreSQL's answer but its absence
 // that ended it.
 func (s *Store) read(ctx context.Context, do func(context.Context, *pgx.Conn) error) error {
-	return s.attempt(ctx, readFor, do)
+	return s.attempt(ctx, readFor, func(ctx context.Context, conn *pgx.Conn) error {
+		ctx, cancel := context.WithTimeout(ctx, attemptFor)
+		defer cancel()
+		return do(ctx, conn)
+	})
 }
 
 // Pauses between two attempts.
@@ -205,7 +237,7 @@ func (s *Store) attempt(ctx context.Context, patience time.Duration, do func(con
 func (s *Store) once(ctx context.Context, do func(context.Context, *pgx.Conn) error) error {
 	conn, err := s.pool.Acquire(ctx)
 	if err != nil {
-		s.primary.forgive()
+		s.primary.forgive() // there is no other
 		return err
 	}
 	defer conn.Release()

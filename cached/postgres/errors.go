@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"strings"
 
 	"github.com/jackc/pgx/v5/pgconn"
@@ -13,12 +12,12 @@ import (
 	"sallyport/cached/internal/marker"
 )
 
+const lockNotAvailable = "55P03"
+
 // transient reports whether the same may succeed in a moment: it was not
 // PostgreSQL's answer, or one that tells to try again.
 func transient(err error) bool {
-	var file *fs.PathError
-	var known *sallyport.Error
-	if errors.As(err, &file) || errors.As(err, &known) {
+	if sallyport.CodeOf(err) != "" {
 		return false
 	}
 	code, ok := stateOf(err)
@@ -73,7 +72,7 @@ func classify(ctx context.Context, err error) error {
 	code, ok := stateOf(err)
 	switch {
 	case !ok:
-	case code == "55P03", code == "57014", code == "53300", strings.HasPrefix(code, "40"):
+	case code == lockNotAvailable, code == "57014", code == "53300", strings.HasPrefix(code, "40"):
 		e.Code, e.Message = "storage.busy", "the record store is locked, or PostgreSQL has too much to do"
 		e.Hint = "look for long transactions in pg_stat_activity, and at max_connections; " + goesOn
 	case code == "53100":

@@ -5,6 +5,8 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+
+	"sallyport/cached"
 )
 
 const (
@@ -33,21 +35,26 @@ func (s *Store) Wait(ctx context.Context, max time.Duration) error {
 }
 
 // Confirm implements cached.Shared: a commit that the synchronous standby must
-// acknowledge. A primary that cannot is left for another one, if there is any.
+// acknowledge, and with it everything before.
 func (s *Store) Confirm(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, confirmFor)
-	defer cancel()
 	return s.attempt(ctx, confirmFor, func(ctx context.Context, conn *pgx.Conn) error {
 		var b pgx.Batch
+		var head cached.Head
 		b.Queue(`BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE`)
-		b.Queue(`INSERT INTO server (id, write, beat) VALUES ($1, 0, now()) ON CONFLICT (id) DO UPDATE SET beat = excluded.beat`, s.id)
-		err := end(ctx, conn, &b)
-		if err != nil && s.primary.shun(conn.PgConn()) {
-			s.pool.Reset()
+		b.Queue(selectHead).QueryRow(func(row pgx.Row) (err error) {
+			head, err = readHead(row)
+			return err
+		})
+		b.Queue(putBeat, s.id)
+		if err := s.commit(ctx, conn, &b); err != nil {
+			return err
 		}
-		return err
+		s.knows(head)
+		return nil
 	})
 }
+
+const putBeat = `INSERT INTO server (id, write, beat) VALUES ($1, 0, now()) ON CONFLICT (id) DO UPDATE SET beat = excluded.beat`
 
 // listen wakes Wait at each notification until the store is closed. While there is
 // no connection, followers look by themselves now and then.

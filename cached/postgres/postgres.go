@@ -75,13 +75,17 @@ const (
 
 // Deadlines.
 const (
+	// openFor bounds the opening: another server may be making the tables.
+	openFor = 10 * time.Second
 	// updateFor bounds an Update with all its attempts.
 	updateFor = 5 * time.Second
 	// readFor bounds a short read with all its attempts.
 	readFor = 5 * time.Second
 	// scanFor bounds a long one.
 	scanFor = 5 * time.Minute
-	// confirmFor is what a working standby takes at most.
+	// attemptFor bounds one attempt of a short read.
+	attemptFor = 2500 * time.Millisecond
+	// confirmFor is what a commit takes at most where the standby works.
 	confirmFor = 2 * time.Second
 )
 
@@ -94,7 +98,7 @@ type Store struct {
 	primary *primary
 	pool    *pgxpool.Pool
 
-	known atomic.Uint64 // highest revision seen
+	known atomic.Uint64 // highest revision that the standby has, too
 
 	writing chan struct{} // room for one: the Update under way
 	writes  int64         // the last transaction's number; whoever is writing has it
@@ -102,8 +106,8 @@ type Store struct {
 
 	wake      chan struct{} // room for one: somebody wrote
 	listening sync.Once
-	ended     context.Context // until Close
-	end       context.CancelFunc
+	ended     context.Context // at Close
+	stop      context.CancelFunc
 	listener  sync.WaitGroup
 }
 
@@ -133,9 +137,9 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		id: rand.Text(), schema: p.schema, log: cfg.Log, primary: p, pool: pool,
 		writing: make(chan struct{}, 1), scans: make(chan struct{}, maxScans), wake: make(chan struct{}, 1),
 	}
-	s.ended, s.end = context.WithCancel(context.Background())
+	s.ended, s.stop = context.WithCancel(context.Background())
 	if s.marker, err = marker.Open(cfg.Marker); err == nil {
-		err = s.read(ctx, s.prepare)
+		err = s.attempt(ctx, openFor, s.prepare)
 	}
 	if err == nil {
 		err = s.marker.Write(s.known.Load(), true)
@@ -152,7 +156,7 @@ func (s *Store) Close() error {
 }
 
 func (s *Store) close() error {
-	s.end()
+	s.stop()
 	s.listener.Wait()
 	s.pool.Close()
 	if s.marker == nil {
@@ -161,8 +165,9 @@ func (s *Store) close() error {
 	return s.marker.Close()
 }
 
-// saw notes a revision that is known to be written.
-func (s *Store) saw(head cached.Head) {
+// knows notes a revision that is written for good. What was only read may be
+// gone after a failover.
+func (s *Store) knows(head cached.Head) {
 	for rev := uint64(head.Revision); ; {
 		known := s.known.Load()
 		if rev <= known || s.known.CompareAndSwap(known, rev) {
@@ -177,9 +182,6 @@ func (s *Store) Head(ctx context.Context) (head cached.Head, err error) {
 		head, err = readHead(conn.QueryRow(ctx, selectHead))
 		return err
 	})
-	if err == nil {
-		s.saw(head)
-	}
 	return head, err
 }
 
@@ -231,9 +233,6 @@ func (s *Store) Changed(ctx context.Context, after sallyport.Revision, limit int
 		b.Queue(`COMMIT`)
 		return conn.SendBatch(ctx, &b).Close()
 	})
-	if err == nil {
-		s.saw(head)
-	}
 	return rows, head, err
 }
 
@@ -255,7 +254,6 @@ func (s *Store) Scan(ctx context.Context, q cached.Query, begin func(cached.Head
 		if err := begin(head); err != nil {
 			return passed{err}
 		}
-		s.saw(head)
 		if err := scan(ctx, conn, q, each); err != nil { // too late to begin again
 			return passed{classify(ctx, err)}
 		}

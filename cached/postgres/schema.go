@@ -9,6 +9,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"sallyport"
+	"sallyport/cached"
 )
 
 // schema is what each version adds to the one before it; meta has the version.
@@ -61,6 +62,9 @@ func (s *Store) prepare(ctx context.Context, conn *pgx.Conn) error {
 		return err
 	}
 	defer tx.Rollback(context.WithoutCancel(ctx))
+	if _, err := tx.Exec(ctx, fmt.Sprintf(`SET LOCAL lock_timeout = %d`, openFor.Milliseconds())); err != nil {
+		return err
+	}
 	if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock($1, hashtext($2))`, advisory, s.schema); err != nil {
 		return err
 	}
@@ -74,10 +78,17 @@ func (s *Store) prepare(ctx context.Context, conn *pgx.Conn) error {
 	if err := s.migrate(ctx, tx, version); err != nil {
 		return err
 	}
-	if err := s.load(ctx, tx); err != nil {
+	head, err := s.load(ctx, tx)
+	if err != nil {
 		return err
 	}
-	return tx.Commit(ctx)
+	var b pgx.Batch
+	b.Queue(putBeat, s.id) // so that there is something to confirm
+	if err := s.commit(ctx, conn, &b); err != nil {
+		return err
+	}
+	s.knows(head)
+	return nil
 }
 
 // version returns the version of the schema; 0: there is none.
@@ -149,19 +160,18 @@ func (s *Store) makeSchema(ctx context.Context, tx pgx.Tx) error {
 
 // load reads the head, and refuses a store that lies behind what the marker knows
 // to have been written: somebody put an older one in its place.
-func (s *Store) load(ctx context.Context, tx pgx.Tx) error {
+func (s *Store) load(ctx context.Context, tx pgx.Tx) (cached.Head, error) {
 	store, err := meta(ctx, tx, "store")
 	if err != nil {
-		return err
+		return cached.Head{}, err
 	}
 	head, err := readHead(tx.QueryRow(ctx, selectHead))
 	if err != nil {
-		return err
+		return cached.Head{}, err
 	}
 	if m := s.marker; m.Initialised && (m.Store != store || m.Revision > uint64(head.Revision)) {
-		return s.rolledBack(uint64(head.Revision), m)
+		return cached.Head{}, s.rolledBack(uint64(head.Revision), m)
 	}
-	s.saw(head)
 	s.marker.Adopt(store)
-	return nil
+	return head, nil
 }

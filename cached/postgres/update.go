@@ -43,6 +43,9 @@ type update struct {
 // run is one attempt.
 func (u *update) run(ctx context.Context, conn *pgx.Conn) error {
 	head, last, err := u.lock(ctx, conn)
+	if code, _ := stateOf(err); code == lockNotAvailable && u.unknown != 0 {
+		return errStillWaiting
+	}
 	if err != nil {
 		return err
 	}
@@ -112,13 +115,13 @@ func (u *update) commit(ctx context.Context, conn *pgx.Conn, c *cached.Change) e
 		string(c.Head.Epoch), int64(c.Head.Revision), int64(c.Head.Compacted), bytesOf(c.Head.Seal))
 	b.Queue(putServer, s.id, s.writes)
 	b.Queue(`SELECT pg_notify($1, $2)`, s.schema, s.id)
-	if err := end(ctx, conn, &b); err != nil {
+	if err := s.commit(ctx, conn, &b); err != nil {
 		if !aborted(err) {
 			u.unknown = s.writes
 		}
 		return err
 	}
-	s.saw(c.Head)
+	s.knows(c.Head)
 	return nil
 }
 
@@ -128,17 +131,29 @@ func (u *update) commit(ctx context.Context, conn *pgx.Conn, c *cached.Change) e
 func (u *update) confirm(ctx context.Context, conn *pgx.Conn, head cached.Head) error {
 	var b pgx.Batch
 	b.Queue(putServer, u.store.id, u.unknown)
-	if err := end(ctx, conn, &b); err != nil {
+	if err := u.store.commit(ctx, conn, &b); err != nil {
 		return err
 	}
 	u.unknown = 0
-	u.store.saw(head)
+	u.store.knows(head)
 	return nil
 }
 
-// end carries out the batch and commits. Success is the word of PostgreSQL and of
-// its synchronous standby.
+// commit carries out the batch and commits. Success is the word of PostgreSQL and
+// of its synchronous standby. A primary that does not give it is left for another
+// one, if there is any.
+func (s *Store) commit(ctx context.Context, conn *pgx.Conn, b *pgx.Batch) error {
+	ctx, cancel := context.WithTimeout(ctx, confirmFor)
+	defer cancel()
+	err := end(ctx, conn, b)
+	if err != nil && !aborted(err) && s.primary.shun(conn.PgConn()) {
+		s.pool.Reset()
+	}
+	return err
+}
+
 func end(ctx context.Context, conn *pgx.Conn, b *pgx.Batch) error {
+	b.Queue(`SET LOCAL statement_timeout = 0`) // it would end the wait for the standby
 	tag := ""
 	b.Queue(`COMMIT`).Exec(func(ct pgconn.CommandTag) error {
 		tag = ct.String()
@@ -162,6 +177,8 @@ var (
 	// where only this primary has it.
 	errNotReplicated = errors.New("the synchronous standby has not confirmed the commit")
 	errRolledBack    = errors.New("the transaction was rolled back")
+	// errStillWaiting: the lock is held by the transaction whose end is unknown.
+	errStillWaiting = errors.New("the transaction before still waits for the synchronous standby")
 )
 
 // aborted reports whether an error at the end of a transaction proves that it did
