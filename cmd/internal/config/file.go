@@ -47,6 +47,9 @@ type File struct {
 	TLS TLS `yaml:"tls"`
 	// Gateway is the daemon that agents connect to.
 	Gateway gateway.Config `yaml:"gateway"`
+	// Gateways are all that agents may use, the preferred first. Empty: the one of
+	// section gateway. A gateway itself reads section gateway only.
+	Gateways []Gateway `yaml:"gateways"`
 	// Authd is the daemon that logs people in.
 	Authd authd.Config `yaml:"authd"`
 	// Cached is the daemon that keeps records.
@@ -228,6 +231,7 @@ func (f *File) check(d *decoder, reader string) {
 			l.Under(name, sections[name]())
 		}
 	}
+	f.checkGateways(&l)
 	l.Under("connect", f.checkConnect(reader))
 	l.Under("admin", f.Admin.validate())
 	f.checkRoutes(d, &l)
@@ -414,7 +418,7 @@ func Changed(before, after *File) (changed, fixed []string) {
 }
 
 // reloadable are the keys that take effect without a restart.
-var reloadable = []string{"routes", "explain_groups", "policyd.posture_sources", "policyd.posture_ttl", "authd.users", "authd.session"}
+var reloadable = []string{"routes", "gateways", "explain_groups", "policyd.posture_sources", "policyd.posture_ttl", "authd.users", "authd.session"}
 
 // fixedKeys returns the differing keys below a section that need a restart.
 func fixedKeys(key string, a, b reflect.Value) []string {
