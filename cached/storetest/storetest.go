@@ -8,7 +8,9 @@ package storetest
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"testing"
+	"time"
 
 	"sallyport"
 	"sallyport/cached"
@@ -48,7 +50,24 @@ func Run(t testing.TB, deps cached.Deps) *cached.Server {
 			t.Errorf("cached.Server.Run: %v", err)
 		}
 	})
+	awaitCurrent(t, s)
 	return s
+}
+
+// awaitCurrent waits until watches may begin: on a shared store that takes a
+// confirmation.
+func awaitCurrent(t testing.TB, s *cached.Server) {
+	t.Helper()
+	begun := errors.New("begun")
+	retry := time.NewTicker(5 * time.Millisecond)
+	defer retry.Stop()
+	for deadline := time.Now().Add(within); time.Now().Before(deadline); <-retry.C {
+		err := s.Watch(context.Background(), sallyport.WatchRequest{}, func(sallyport.WatchEvent) error { return begun })
+		if errors.Is(err, begun) {
+			return
+		}
+	}
+	t.Fatal("the store does not confirm that it is the one in use")
 }
 
 // Key returns a fresh key for the rows' codes.
