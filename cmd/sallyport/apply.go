@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"os"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -59,23 +58,15 @@ func apply(ctx context.Context, cmd *cobra.Command, f *config.File) error {
 	return err
 }
 
-// gatewaysOf tells agents of the file's gateway.
+// gatewaysOf tells agents of the file's gateways.
 func gatewaysOf(f *config.File) ([]sallyport.GatewayInfo, error) {
-	g := f.Gateway
-	if g.PublicURL == "" {
-		return nil, run.Usage("add the section gateway, as the gateway has it", "%s: gateway.public_url is required: agents learn of it by this record", f.Path())
-	}
-	if config.PortOf(g.PublicURL) == "0" {
+	url := f.Gateway.PublicURL
+	switch {
+	case len(f.Gateways) > 0:
+	case url == "":
+		return nil, run.Usage("add the section gateway, as the gateway has it, or list all in gateways", "%s: gateway.public_url is required: agents learn of it by this record", f.Path())
+	case config.PortOf(url) == "0":
 		return nil, run.Usage("write the port that the gateway's ready line names", "%s: gateway.public_url has port 0", f.Path())
 	}
-	ca := ""
-	if g.TLS.CertFile == "" {
-		caFile, _ := f.Layout().CAPair(config.PublicCA)
-		pem, err := os.ReadFile(caFile)
-		if err != nil {
-			return nil, config.Missing(err)
-		}
-		ca = string(pem)
-	}
-	return []sallyport.GatewayInfo{f.GatewayInfo(g.PublicURL, ca)}, nil
+	return f.GatewayInfos(url)
 }

@@ -101,9 +101,10 @@ func revoked(op *pb.Op) bool {
 	return json.Unmarshal(op.GetPayload(), &d) == nil && d.Revoked
 }
 
-// ownHead lets a daemon vouch for its own audit chain and for no other.
+// ownHead lets a daemon vouch for its own audit chain, or that of another of its
+// kind ("policyd/eu1"), and for no other.
 func ownHead(daemon string, op *pb.Op) error {
-	if op.GetId() != daemon || op.GetDelete() {
+	if kind, _, _ := strings.Cut(op.GetId(), "/"); kind != daemon || op.GetDelete() {
 		return fmt.Errorf("%s may only replace its own audit head", daemon)
 	}
 	return nil

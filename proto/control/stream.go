@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+
+	"sallyport"
 )
 
 // pulsed runs body with a send that it may call one at a time, and sends empty
@@ -115,5 +117,9 @@ func (c *Client) streamEnded(ctx, streamCtx context.Context, conn *grpc.ClientCo
 		c.replace(conn)
 		return unavailable(c.name, errSilent)
 	}
-	return c.failed(ctx, err)
+	err = c.failed(ctx, err)
+	if unwell[sallyport.CodeOf(err)] {
+		c.leave(conn)
+	}
+	return err
 }

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"runtime"
 	"slices"
 	"time"
@@ -37,6 +38,9 @@ type File struct {
 	// DataDir holds keys, records, sockets and audit logs (mode 0700). A relative
 	// path starts at this file's directory. This field is required.
 	DataDir string `yaml:"data_dir"`
+	// Name tells this daemon from others of its kind, in the audit heads that cached
+	// keeps. Not needed where there is one of each.
+	Name string `yaml:"name"`
 	// Log says what the daemons write to stderr.
 	Log Log `yaml:"log"`
 	// Admin is where each process answers /healthz, /readyz, /metrics and
@@ -47,6 +51,9 @@ type File struct {
 	TLS TLS `yaml:"tls"`
 	// Gateway is the daemon that agents connect to.
 	Gateway gateway.Config `yaml:"gateway"`
+	// Gateways are all that agents may use, the preferred first. Empty: the one of
+	// section gateway. A gateway itself reads section gateway only.
+	Gateways []Gateway `yaml:"gateways"`
 	// Authd is the daemon that logs people in.
 	Authd authd.Config `yaml:"authd"`
 	// Cached is the daemon that keeps records.
@@ -65,6 +72,17 @@ type File struct {
 	path    string
 	present map[string]bool           // sections that stand in the file
 	parsed  map[string]*policy.Policy // of the routes, by text
+}
+
+var validName = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`)
+
+// Instance is how a daemon of this file is called where there are several of its
+// kind: "policyd", or "policyd/eu1" if the file has a name.
+func (f *File) Instance(daemon string) string {
+	if f.Name == "" {
+		return daemon
+	}
+	return daemon + "/" + f.Name
 }
 
 // Log says what a daemon logs.
@@ -228,6 +246,7 @@ func (f *File) check(d *decoder, reader string) {
 			l.Under(name, sections[name]())
 		}
 	}
+	f.checkGateways(&l)
 	l.Under("connect", f.checkConnect(reader))
 	l.Under("admin", f.Admin.validate())
 	f.checkRoutes(d, &l)
@@ -243,6 +262,9 @@ func (f *File) checkCommon(l *fault.List) {
 		l.Addf("domain", "is required, for example corp.example")
 	} else if err != nil || t.Host != f.Domain {
 		l.Addf("domain", "%.80q is no domain name in lower case, for example corp.example", f.Domain)
+	}
+	if f.Name != "" && !validName.MatchString(f.Name) {
+		l.Addf("name", "%.80q is no name: letters, digits and hyphens, for example eu1", f.Name)
 	}
 	if f.DataDir == "" {
 		l.Addf("data_dir", "is required, for example /var/lib/sallyport")
@@ -414,7 +436,7 @@ func Changed(before, after *File) (changed, fixed []string) {
 }
 
 // reloadable are the keys that take effect without a restart.
-var reloadable = []string{"routes", "explain_groups", "policyd.posture_sources", "policyd.posture_ttl", "authd.users", "authd.session"}
+var reloadable = []string{"routes", "gateways", "explain_groups", "policyd.posture_sources", "policyd.posture_ttl", "authd.users", "authd.session"}
 
 // fixedKeys returns the differing keys below a section that need a restart.
 func fixedKeys(key string, a, b reflect.Value) []string {

@@ -234,7 +234,19 @@ routes:
 		t.Fatal(err)
 	}
 	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
-	gateways := []sallyport.GatewayInfo{f.GatewayInfo("https://gw.corp.example:4443", "PEM")}
+	f.DataDir = t.TempDir()
+	if err := f.Layout().EnsureKeys(); err != nil {
+		t.Fatal(err)
+	}
+	caFile, _ := f.Layout().CAPair(PublicCA)
+	ca, err := os.ReadFile(caFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	gateways, err := f.GatewayInfos("https://gw.corp.example:4443")
+	if err != nil {
+		t.Fatal(err)
+	}
 	got := f.Record(gateways, []string{"127.0.0.1:4443"}, now)
 	if text := got.Routes[0].Policy; !strings.Contains(text, "name: dba") || !strings.Contains(text, "has: dba") {
 		t.Errorf("policy text %q", text)
@@ -243,7 +255,7 @@ routes:
 	want := sallyport.Config{
 		Domain:        "corp.example",
 		Routes:        []sallyport.Route{{From: "tcp://db.internal:5432", To: "tcp://10.0.3.7:5432", Name: "db", Carrier: "bulk", Hidden: true}},
-		Gateways:      []sallyport.GatewayInfo{{Name: "gw.corp.example", URL: "https://gw.corp.example:4443", CA: "PEM"}},
+		Gateways:      []sallyport.GatewayInfo{{Name: "gw.corp.example", URL: "https://gw.corp.example:4443", CA: string(ca)}},
 		ExplainGroups: true, PostureSources: []string{"os"}, PostureTTL: time.Minute,
 		Forbidden: []string{"127.0.0.1:4443", "127.0.0.1:9601", ":8444", "policyd.corp.example:8445"},
 		Applied:   now, Source: "f.yaml",
@@ -251,6 +263,39 @@ routes:
 	slices.Sort(want.Forbidden)
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
+	}
+}
+
+// TestGatewaysOfARecord: agents are told of every gateway that is listed, in that
+// order, and of no other; no route leads to one.
+func TestGatewaysOfARecord(t *testing.T) {
+	f, err := parse("f.yaml", []byte(fmt.Sprintf(minimal, "")+`
+gateways:
+  - {name: eu1, url: "https://gw1.corp.example", addresses: ["192.0.2.1:443"]}
+  - {url: "https://gw2.corp.example:4443"}
+`), AllInOne)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Gateway.TLS.CertFile = "by a CA that everybody knows"
+	got, err := f.GatewayInfos("https://gw.corp.example")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []sallyport.GatewayInfo{
+		{Name: "eu1", URL: "https://gw1.corp.example", Addresses: []string{"192.0.2.1:443"}},
+		{Name: "gw2.corp.example", URL: "https://gw2.corp.example:4443"},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+	if got := f.Record(got, nil, time.Time{}).Forbidden; !slices.Contains(got, "192.0.2.1:443") {
+		t.Errorf("forbidden: got %v; want 192.0.2.1:443 among them", got)
+	}
+	for _, host := range []string{"gw1.corp.example:443", "gw2.corp.example:4443"} {
+		if got := f.publicHosts(); !slices.Contains(got, host) {
+			t.Errorf("public hosts: got %v; want %s among them", got, host)
+		}
 	}
 }
 

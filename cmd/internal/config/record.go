@@ -68,6 +68,9 @@ func (f *File) forbidden() []string {
 		}
 		add(f.Gateway.Addresses...)
 	}
+	for _, g := range f.Gateways {
+		add(g.Addresses...)
+	}
 	add(f.Authd.Listen, f.Cached.Listen, f.Policyd.Listen, f.Connect.Authd)
 	add(f.Connect.Policyd...)
 	add(f.Connect.Cached...)
@@ -78,7 +81,11 @@ func (f *File) forbidden() []string {
 // publicHosts are the host:port of our own public URLs, where no route may lead.
 func (f *File) publicHosts() []string {
 	var all []string
-	for _, raw := range []string{f.Gateway.PublicURL, f.Authd.PublicURL} {
+	urls := []string{f.Gateway.PublicURL, f.Authd.PublicURL}
+	for _, g := range f.Gateways {
+		urls = append(urls, g.URL)
+	}
+	for _, raw := range urls {
 		u, err := url.Parse(raw)
 		if err != nil || u.Host == "" {
 			continue
@@ -93,16 +100,6 @@ func (f *File) publicHosts() []string {
 		all = append(all, net.JoinHostPort(strings.ToLower(u.Hostname()), port))
 	}
 	return all
-}
-
-// GatewayInfo is how agents find the file's gateway; url and ca are those that it
-// really has.
-func (f *File) GatewayInfo(url, ca string) sallyport.GatewayInfo {
-	name := f.Gateway.Name
-	if name == "" {
-		name = hostOf(url)
-	}
-	return sallyport.GatewayInfo{Name: name, URL: url, Addresses: f.Gateway.Addresses, CA: ca}
 }
 
 func hostOf(rawURL string) string {

@@ -41,7 +41,7 @@ func or(addr, def string) string {
 
 // Policyd starts the service that decides.
 func Policyd(p *run.Process, records sallyport.Records) (*policyd.Server, error) {
-	auditor, err := p.Audit("policyd", run.KeepHeads("policyd", records))
+	auditor, err := p.Audit("policyd", run.KeepHeads(p.Config.Instance("policyd"), records))
 	if err != nil {
 		return nil, err
 	}
@@ -79,7 +79,7 @@ func ListenAuthd(p *run.Process) (*AuthdListener, error) {
 // Authd starts the service that logs people in.
 func Authd(p *run.Process, l *AuthdListener, records sallyport.Records) (*authd.Server, error) {
 	layout := p.Config.Layout()
-	auditor, err := p.Audit("authd", run.KeepHeads("authd", records))
+	auditor, err := p.Audit("authd", run.KeepHeads(p.Config.Instance("authd"), records))
 	if err != nil {
 		return nil, err
 	}
@@ -93,7 +93,7 @@ func Authd(p *run.Process, l *AuthdListener, records sallyport.Records) (*authd.
 	}
 	cfg := p.Config.Authd
 	cfg.PublicURL = l.URL
-	pair, _, err := p.PublicPair("authd", l.URL, cfg.TLS.CertFile, cfg.TLS.KeyFile)
+	pair, err := p.PublicPair("authd", l.URL, cfg.TLS.CertFile, cfg.TLS.KeyFile)
 	if err != nil {
 		return nil, err
 	}
@@ -123,8 +123,6 @@ type GatewayListener struct {
 	TCP net.Listener
 	UDP net.PacketConn
 	URL string
-	// CA signs the tunnel host's certificate, PEM; empty: the system's roots do.
-	CA string
 
 	certificate func() *tls.Certificate
 }
@@ -137,11 +135,11 @@ func ListenGateway(p *run.Process) (*GatewayListener, error) {
 		return nil, err
 	}
 	l := &GatewayListener{TCP: tcp, UDP: udp, URL: config.WithPort(cfg.PublicURL, tcp.Addr())}
-	pair, ca, err := p.PublicPair("gateway", l.URL, cfg.TLS.CertFile, cfg.TLS.KeyFile)
+	pair, err := p.PublicPair("gateway", l.URL, cfg.TLS.CertFile, cfg.TLS.KeyFile)
 	if err != nil {
 		return nil, err
 	}
-	l.CA, l.certificate = ca, pair.Certificate
+	l.certificate = pair.Certificate
 	return l, nil
 }
 

@@ -10,7 +10,6 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"os"
 	"time"
 
 	"sallyport"
@@ -41,11 +40,11 @@ func (p *Process) Audit(daemon string, keep func(context.Context, audit.Head) er
 	return log, nil
 }
 
-// KeepHeads returns a function that stores the daemon's audit heads in cached,
-// so that a chain whose end was cut off shows.
-func KeepHeads(daemon string, records sallyport.Records) func(context.Context, audit.Head) error {
+// KeepHeads returns a function that stores a daemon's audit heads in cached under
+// its instance's name, so that a chain whose end was cut off shows.
+func KeepHeads(instance string, records sallyport.Records) func(context.Context, audit.Head) error {
 	return func(ctx context.Context, h audit.Head) error {
-		_, err := records.Apply(ctx, []sallyport.Op{sallyport.Put(sallyport.KindAuditHead, daemon, h)})
+		_, err := records.Apply(ctx, []sallyport.Op{sallyport.Put(sallyport.KindAuditHead, instance, h)})
 		return err
 	}
 }
@@ -163,28 +162,23 @@ func (i *Identity) Client(kind string) *tls.Config {
 }
 
 // PublicPair returns the certificate of a public listener: the configured one,
-// else the one that our own CA signs, whose certificate ca then holds in PEM.
-func (p *Process) PublicPair(daemon, publicURL, certFile, keyFile string) (pair *tlsid.Pair, ca string, err error) {
+// else the one that our own CA signs.
+func (p *Process) PublicPair(daemon, publicURL, certFile, keyFile string) (*tlsid.Pair, error) {
 	if certFile != "" {
-		pair, err = tlsid.OpenPair(certFile, keyFile)
-		return pair, "", err
+		return tlsid.OpenPair(certFile, keyFile)
 	}
 	layout := p.Config.Layout()
 	certFile, keyFile = layout.PublicPair(daemon)
 	if p.Name == config.AllInOne {
 		if err := p.renewPublic(layout, daemon, publicURL); err != nil {
-			return nil, "", err
+			return nil, err
 		}
 	}
-	if pair, err = tlsid.OpenPair(certFile, keyFile); err != nil {
-		return nil, "", config.Missing(err)
-	}
-	caFile, _ := layout.CAPair(config.PublicCA)
-	pem, err := os.ReadFile(caFile)
+	pair, err := tlsid.OpenPair(certFile, keyFile)
 	if err != nil {
-		return nil, "", config.Missing(err)
+		return nil, config.Missing(err)
 	}
-	return pair, string(pem), nil
+	return pair, nil
 }
 
 // renewPublic makes the pair, and replaces it at half of its life as long as the

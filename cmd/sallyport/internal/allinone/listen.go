@@ -5,7 +5,6 @@ import (
 	"net"
 	"time"
 
-	"sallyport"
 	"sallyport/cmd/internal/config"
 	"sallyport/cmd/internal/daemons"
 	"sallyport/cmd/internal/run"
@@ -52,7 +51,10 @@ func (ls *listeners) ready(layout config.Layout) daemons.Ready {
 // already: a restart changes no policy revision.
 func (ls *listeners) apply(ctx context.Context, records config.Store, f *config.File) error {
 	own := []string{ls.gateway.TCP.Addr().String(), ls.authd.Addr().String()}
-	gateways := []sallyport.GatewayInfo{f.GatewayInfo(ls.gateway.URL, ls.gateway.CA)}
-	_, _, err := config.Apply(ctx, records, f.Record(gateways, own, time.Now()))
+	gateways, err := f.GatewayInfos(ls.gateway.URL)
+	if err != nil {
+		return err
+	}
+	_, _, err = config.Apply(ctx, records, f.Record(gateways, own, time.Now()))
 	return err
 }
