@@ -71,8 +71,8 @@ func classify(ctx context.Context, err error) error {
 	}
 	code, ok := stateOf(err)
 	switch {
-	case !ok:
-	case code == lockNotAvailable, code == "57014", code == "53300", strings.HasPrefix(code, "40"):
+	case !ok && !errors.Is(err, errLocked):
+	case !ok, code == lockNotAvailable, code == "57014", code == "53300", strings.HasPrefix(code, "40"):
 		e.Code, e.Message = "storage.busy", "the record store is locked, or PostgreSQL has too much to do"
 		e.Hint = "look for long transactions in pg_stat_activity, and at max_connections; " + goesOn
 	case code == "53100":

@@ -62,10 +62,7 @@ func (s *Store) prepare(ctx context.Context, conn *pgx.Conn) error {
 		return err
 	}
 	defer tx.Rollback(context.WithoutCancel(ctx))
-	if _, err := tx.Exec(ctx, fmt.Sprintf(`SET LOCAL lock_timeout = %d`, openFor.Milliseconds())); err != nil {
-		return err
-	}
-	if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock($1, hashtext($2))`, advisory, s.schema); err != nil {
+	if err := s.lockSchema(ctx, tx); err != nil {
 		return err
 	}
 	version, err := s.version(ctx, tx)
@@ -89,6 +86,17 @@ func (s *Store) prepare(ctx context.Context, conn *pgx.Conn) error {
 	}
 	s.knows(head)
 	return nil
+}
+
+// lockSchema has others that open the store wait. One that stays locked may be on a
+// primary that was cut off, where nothing ends.
+func (s *Store) lockSchema(ctx context.Context, tx pgx.Tx) error {
+	_, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock($1, hashtext($2))`, advisory, s.schema)
+	if code, _ := stateOf(err); code == lockNotAvailable {
+		s.leave(tx.Conn())
+		return errLocked
+	}
+	return err
 }
 
 // version returns the version of the schema; 0: there is none.
