@@ -9,7 +9,6 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"sallyport"
-	"sallyport/cached/internal/marker"
 )
 
 const lockNotAvailable = "55P03"
@@ -71,8 +70,8 @@ func classify(ctx context.Context, err error) error {
 	}
 	code, ok := stateOf(err)
 	switch {
-	case !ok:
-	case code == lockNotAvailable, code == "57014", code == "53300", strings.HasPrefix(code, "40"):
+	case !ok && !errors.Is(err, errLocked):
+	case !ok, code == lockNotAvailable, code == "57014", code == "53300", strings.HasPrefix(code, "40"):
 		e.Code, e.Message = "storage.busy", "the record store is locked, or PostgreSQL has too much to do"
 		e.Hint = "look for long transactions in pg_stat_activity, and at max_connections; " + goesOn
 	case code == "53100":
@@ -109,14 +108,14 @@ func (s *Store) corrupt(message string, cause error) error {
 		Code:    "storage.corrupt",
 		Message: message,
 		Hint: fmt.Sprintf("check cached.store, or restore the database from a backup; to start with nothing, so that everybody must log in again "+
-			"and the configuration is applied anew, move %s away", s.marker.Path()),
+			"and the configuration is applied anew, move %s away", s.marker.path()),
 		Err: cause,
 	}
 }
 
 // rolledBack returns the refusal to start from a database that is not the one that
 // was written last.
-func (s *Store) rolledBack(revision uint64, m *marker.Marker) error {
+func (s *Store) rolledBack(revision uint64, m *marker) error {
 	message := fmt.Sprintf("the record store is at revision %d, and %d was written: an older copy, or a standby that lay behind, took its place", revision, m.Revision)
 	if m.Revision <= revision {
 		message = "the record store is not the one that was written last"

@@ -285,12 +285,17 @@ func TestCase_L12_ACutOffPrimaryCannotConfirm(t *testing.T) {
 	}
 	must(t, put(stuck, "before"))
 	must(t, standby.Promote())
+	promoted := time.Now()
 	if code := sallyport.CodeOf(put(stuck, "lost")); code != "storage.unknown" {
 		t.Errorf("got %q from a primary that nobody follows; want storage.unknown", code)
+	}
+	if n := primary.Query(t, db, `SELECT count(*) FROM sallyport.record WHERE id = 'lost'`); n != "0" {
+		t.Error("the old primary shows what nobody else has")
 	}
 	eventually(t, "the server on the old primary falls silent", func() bool { return !watches(t, stuck) })
 	eventually(t, "the other one writes to the new primary", func() bool { return put(moves, "after") == nil })
 	eventually(t, "and is sure of it", func() bool { return watches(t, moves) })
+	t.Logf("the server that knows both went on %v after the promotion", time.Since(promoted))
 	fresh := storetest.Run(t, cached.Deps{Store: open(t, of(t, standby, standby.URL(db))), MACKey: key})
 	if _, err := fresh.Get(t.Context(), sallyport.KindRecord, "after"); err != nil {
 		t.Errorf("got %v; want what was written after the failover", err)

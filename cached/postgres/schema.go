@@ -62,17 +62,14 @@ func (s *Store) prepare(ctx context.Context, conn *pgx.Conn) error {
 		return err
 	}
 	defer tx.Rollback(context.WithoutCancel(ctx))
-	if _, err := tx.Exec(ctx, fmt.Sprintf(`SET LOCAL lock_timeout = %d`, openFor.Milliseconds())); err != nil {
-		return err
-	}
-	if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock($1, hashtext($2))`, advisory, s.schema); err != nil {
+	if err := s.lockSchema(ctx, tx); err != nil {
 		return err
 	}
 	version, err := s.version(ctx, tx)
 	if err != nil {
 		return err
 	}
-	if version == 0 && s.marker.Initialised {
+	if version == 0 && s.marker.initialised {
 		return s.corrupt("the record store is missing, although there was one", nil)
 	}
 	if err := s.migrate(ctx, tx, version); err != nil {
@@ -89,6 +86,17 @@ func (s *Store) prepare(ctx context.Context, conn *pgx.Conn) error {
 	}
 	s.knows(head)
 	return nil
+}
+
+// lockSchema has others that open the store wait. One that stays locked may be on a
+// primary that was cut off, where nothing ends.
+func (s *Store) lockSchema(ctx context.Context, tx pgx.Tx) error {
+	_, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock($1, hashtext($2))`, advisory, s.schema)
+	if code, _ := stateOf(err); code == lockNotAvailable {
+		s.leave(tx.Conn())
+		return errLocked
+	}
+	return err
 }
 
 // version returns the version of the schema; 0: there is none.
@@ -169,9 +177,9 @@ func (s *Store) load(ctx context.Context, tx pgx.Tx) (cached.Head, error) {
 	if err != nil {
 		return cached.Head{}, err
 	}
-	if m := s.marker; m.Initialised && (m.Store != store || m.Revision > uint64(head.Revision)) {
+	if m := s.marker; m.initialised && (m.Store != store || m.Revision > uint64(head.Revision)) {
 		return cached.Head{}, s.rolledBack(uint64(head.Revision), m)
 	}
-	s.marker.Adopt(store)
+	s.marker.adopt(store)
 	return head, nil
 }

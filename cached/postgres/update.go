@@ -44,7 +44,7 @@ type update struct {
 func (u *update) run(ctx context.Context, conn *pgx.Conn) error {
 	head, last, err := u.lock(ctx, conn)
 	if code, _ := stateOf(err); code == lockNotAvailable && u.unknown != 0 {
-		return errStillWaiting
+		return errLocked
 	}
 	if err != nil {
 		return err
@@ -146,10 +146,18 @@ func (s *Store) commit(ctx context.Context, conn *pgx.Conn, b *pgx.Batch) error 
 	ctx, cancel := context.WithTimeout(ctx, confirmFor)
 	defer cancel()
 	err := end(ctx, conn, b)
-	if err != nil && !aborted(err) && s.primary.shun(conn.PgConn()) {
-		s.pool.Reset()
+	if code, _ := stateOf(err); err != nil && !aborted(err) || code == lockNotAvailable {
+		s.leave(conn)
 	}
 	return err
+}
+
+// leave has another primary looked for.
+func (s *Store) leave(conn *pgx.Conn) {
+	if s.primary.shun(conn.PgConn()) {
+		s.pool.Reset()
+	}
+	conn.PgConn().Conn().Close() // the driver would wait for an end that may never come
 }
 
 func end(ctx context.Context, conn *pgx.Conn, b *pgx.Batch) error {
@@ -177,8 +185,8 @@ var (
 	// where only this primary has it.
 	errNotReplicated = errors.New("the synchronous standby has not confirmed the commit")
 	errRolledBack    = errors.New("the transaction was rolled back")
-	// errStillWaiting: the lock is held by the transaction whose end is unknown.
-	errStillWaiting = errors.New("the transaction before still waits for the synchronous standby")
+	// errLocked: a lock is held by a transaction that may wait for the standby.
+	errLocked = errors.New("another transaction does not end; it may wait for the synchronous standby")
 )
 
 // aborted reports whether an error at the end of a transaction proves that it did

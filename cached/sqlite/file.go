@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"sallyport"
-	"sallyport/cached/internal/marker"
 )
 
 const (
@@ -84,7 +83,7 @@ func dsn(path string, busy time.Duration, readOnly bool) string {
 
 // prepareFile leaves a database at path that this version may open, or says why
 // there is none. It makes one only where there never was one.
-func prepareFile(path string, m *marker.Marker) error {
+func prepareFile(path string, m *marker) error {
 	there, err := exists(path)
 	if err != nil {
 		return err
@@ -96,7 +95,7 @@ func prepareFile(path string, m *marker.Marker) error {
 	if err != nil {
 		return err
 	}
-	if m.Initialised || wal {
+	if m.initialised || wal {
 		return corrupt(path, "the record store is missing or empty, although there was one", nil)
 	}
 	return create(path)
@@ -154,7 +153,7 @@ func create(path string) (err error) {
 	if err := os.Rename(tmp, path); err != nil {
 		return err
 	}
-	return marker.SyncDir(filepath.Dir(path))
+	return syncDir(filepath.Dir(path))
 }
 
 // initialise fills the new file with the first schema, an identity and an
@@ -239,10 +238,10 @@ func (s *Store) load(path string) error {
 	if err != nil {
 		return err
 	}
-	if m := s.marker; m.Initialised && (m.Store != store || m.Revision > uint64(head.Revision)) {
+	if m := s.marker; m.initialised && (m.Store != store || m.Revision > uint64(head.Revision)) {
 		return rolledBack(path, uint64(head.Revision), m)
 	}
 	s.head.Store(&head)
-	s.marker.Adopt(store)
+	s.marker.adopt(store)
 	return nil
 }

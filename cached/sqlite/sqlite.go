@@ -28,7 +28,6 @@ import (
 
 	"sallyport"
 	"sallyport/cached"
-	"sallyport/cached/internal/marker"
 	"sallyport/internal/logging"
 )
 
@@ -45,7 +44,7 @@ type Config struct {
 type Store struct {
 	path   string
 	log    logging.Logger
-	marker *marker.Marker
+	marker *marker
 
 	head atomic.Pointer[cached.Head] // follows what is committed
 
@@ -79,7 +78,7 @@ func Open(path string, cfg Config) (*Store, error) {
 	if cfg.Log == nil {
 		cfg.Log = logging.Discard()
 	}
-	m, err := marker.Open(path + ".lock")
+	m, err := lockMarker(path + ".lock")
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
@@ -110,7 +109,7 @@ func (s *Store) open(path string, busy time.Duration) error {
 		return damaged(path, err)
 	}
 	s.reserve()
-	return s.marker.Write(s.revision(), true)
+	return s.marker.write(s.revision(), true)
 }
 
 // connect opens one connection for writes and a pool for reads.
@@ -169,7 +168,7 @@ func ownedBy(column string) string {
 // Close writes back what the log still holds and lets another process open the
 // file. No other method may be under way.
 func (s *Store) Close() error {
-	return errors.Join(s.marker.Write(s.revision(), true), s.close())
+	return errors.Join(s.marker.write(s.revision(), true), s.close())
 }
 
 func (s *Store) close() error {
@@ -403,7 +402,7 @@ func (s *Store) Expired(ctx context.Context, now time.Time, limit int) ([]cached
 // Maintain implements cached.Store: the marker follows the revision, and a log
 // that grew during a long read shrinks again.
 func (s *Store) Maintain(ctx context.Context) error {
-	if err := s.marker.Write(s.revision(), false); err != nil {
+	if err := s.marker.write(s.revision(), false); err != nil {
 		return err
 	}
 	return s.shrinkLog(ctx)
