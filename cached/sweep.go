@@ -43,8 +43,12 @@ func (s *Server) throwAway(ctx context.Context, now reading) {
 }
 
 // sweepExpired turns records that have ended into tombstones, so that watches
-// hear of it and the store does not grow.
+// hear of it and the store does not grow. They have ended all the same: what is
+// left of a full disk is kept for revocations.
 func (s *Server) sweepExpired(ctx context.Context, now time.Time) error {
+	if err := s.store.Room(ctx); err != nil {
+		return s.check(err)
+	}
 	for ctx.Err() == nil {
 		rows, err := s.store.Expired(ctx, now, sweepMax)
 		if err != nil {

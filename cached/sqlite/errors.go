@@ -10,6 +10,11 @@ import (
 	"sallyport/cached"
 )
 
+const (
+	codeBusy = "storage.busy"
+	codeFull = "storage.full"
+)
+
 // classify turns SQLite's errors into those that cached.Store promises.
 func classify(err error) error {
 	var e sqlite3.Error
@@ -20,7 +25,7 @@ func classify(err error) error {
 	case sqlite3.ErrBusy, sqlite3.ErrLocked:
 		return &sallyport.Error{
 			Outcome: sallyport.OutcomeUnavailable,
-			Code:    "storage.busy",
+			Code:    codeBusy,
 			Message: "the record store is locked by another process",
 			Hint:    "end the program that holds the database file; cached goes on by itself",
 			Err:     err,
@@ -49,7 +54,10 @@ func corrupt(path, message string, cause error) error {
 // written last.
 func rolledBack(path string, revision uint64, m *marker) error {
 	message := fmt.Sprintf("the record store is at revision %d, and %d was written: an older file was put in its place", revision, m.Revision)
-	if m.Revision <= revision {
+	switch {
+	case m.Store == "":
+		message = "what was written to the record store last cannot be told: " + path + ".lock is damaged"
+	case m.Revision <= revision:
 		message = "the record store is not the one that was written here last"
 	}
 	return &sallyport.Error{
@@ -58,6 +66,18 @@ func rolledBack(path string, revision uint64, m *marker) error {
 		Message: message,
 		Hint: fmt.Sprintf("put back %s as it was; or run `sallyport restore --in-place --config FILE`, "+
 			"which takes it as it is and ends every session", path),
+	}
+}
+
+// unmarked returns the refusal to start from files that no marker vouches for:
+// whether they are the newest, and all of them, nobody can tell.
+func unmarked(path string) error {
+	return &sallyport.Error{
+		Outcome: sallyport.OutcomeInternal,
+		Code:    "storage.rolled_back",
+		Message: fmt.Sprintf("there is a record store, but %s.lock, which knows what was written to it last, is missing", path),
+		Hint: fmt.Sprintf("put back %[1]s.lock as it was; or run `sallyport restore --in-place --config FILE`, which takes the "+
+			"store as it is and ends every session; to start with nothing, move away every file named %[1]s*", path),
 	}
 }
 
