@@ -28,7 +28,7 @@ func (s *Store) reserve() {
 		return
 	}
 	defer f.Close() // SQLite's locks are on the other two files
-	if err := allocate(f, reserved); err != nil {
+	if err := allocate(f, s.wal.reserve); err != nil {
 		s.log.Warn("space for revocations is not reserved", "error", err)
 	}
 }

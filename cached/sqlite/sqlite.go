@@ -45,6 +45,8 @@ type Config struct {
 	BusyTimeout time.Duration
 	// Log; nil: nothing is logged.
 	Log logging.Logger
+
+	reserve int64 // bytes, smaller in tests that open thousands of stores
 }
 
 // Store implements cached.Store over a file.
@@ -89,11 +91,15 @@ func Open(path string, cfg Config) (*Store, error) {
 	if cfg.Log == nil {
 		cfg.Log = logging.Discard()
 	}
+	if cfg.reserve == 0 {
+		cfg.reserve = reserved
+	}
 	m, err := lockMarker(path)
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
-	s := &Store{path: path, busy: cfg.BusyTimeout, log: cfg.Log, marker: m, wal: wal{checkpointAt: checkpointAt}}
+	s := &Store{path: path, busy: cfg.BusyTimeout, log: cfg.Log, marker: m}
+	s.wal.reserve, s.wal.checkpointAt = cfg.reserve, checkpointAt
 	s.scans.renew()
 	if err := s.open(path); err != nil {
 		return nil, errors.Join(fmt.Errorf("open %s: %w", path, err), s.close())

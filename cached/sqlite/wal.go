@@ -35,6 +35,7 @@ const (
 // wal is what is known of the log.
 type wal struct {
 	size         atomic.Int64 // bytes that hold commits since it last began anew
+	reserve      int64        // bytes of the disk it always has
 	checkpointAt int          // pages
 }
 
