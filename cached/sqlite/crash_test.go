@@ -8,6 +8,7 @@ import (
 	"flag"
 	"fmt"
 	"math/rand/v2"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -130,7 +131,24 @@ func TestCase_L1_NothingAcknowledgedIsLostWhenKilled(t *testing.T) {
 // operations, kills it, and notes everything it acknowledged.
 func (l *ledger) run(t *testing.T, path string) {
 	t.Helper()
+	left := 1 + rand.IntN(200)
 	cmd := helper(t, "write-forever", path)
+	_ = l.follow(t, cmd, func() {
+		if left--; left == 0 {
+			if err := cmd.Process.Kill(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	if left > 0 {
+		t.Fatalf("the writer ended by itself, %d operations short", left)
+	}
+}
+
+// follow runs a writer to its end, notes everything it acknowledges, and calls
+// each after each operation. It returns how the process ended.
+func (l *ledger) follow(t *testing.T, cmd *exec.Cmd, each func()) error {
+	t.Helper()
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -138,7 +156,6 @@ func (l *ledger) run(t *testing.T, path string) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	left := 1 + rand.IntN(200)
 	lines := bufio.NewScanner(out)
 	for lines.Scan() {
 		var what string
@@ -152,16 +169,9 @@ func (l *ledger) run(t *testing.T, path string) {
 			l.revoked[w] = n
 		}
 		l.total++
-		if left--; left == 0 {
-			if err := cmd.Process.Kill(); err != nil {
-				t.Fatal(err)
-			}
-		}
+		each()
 	}
-	_ = cmd.Wait() // killed
-	if left > 0 {
-		t.Fatalf("the writer ended by itself, %d operations short", left)
-	}
+	return cmd.Wait()
 }
 
 // check compares the store with what was acknowledged: each writer is at most
