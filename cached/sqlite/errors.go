@@ -3,6 +3,7 @@ package sqlite
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 
 	"github.com/mattn/go-sqlite3"
 
@@ -88,7 +89,9 @@ func damaged(path string, err error) error {
 	}
 	classified := classify(err)
 	var e sqlite3.Error
-	if errors.Is(classified, cached.ErrBroken) || errors.As(err, &e) && e.Code == sqlite3.ErrError {
+	var outside *fs.PathError
+	unreadable := !errors.As(err, &e) && !errors.As(err, &outside) // a row is missing, or holds something else
+	if errors.Is(classified, cached.ErrBroken) || e.Code == sqlite3.ErrError || unreadable {
 		return corrupt(path, "the record store is damaged", err)
 	}
 	return classified

@@ -7,7 +7,9 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"sallyport/cached"
 	"sallyport/cached/sqlite"
@@ -38,11 +40,16 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// helper returns a command that runs a helper, behind what is in front of it.
+// helper returns a command that runs a helper, behind what is in front of it, for a
+// minute at most.
 func helper(t *testing.T, name, path string, front ...string) *exec.Cmd {
 	t.Helper()
 	args := append(front, os.Args[0])
-	cmd := exec.CommandContext(t.Context(), args[0], args[1:]...)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	t.Cleanup(cancel)
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.Env = append(os.Environ(), helperEnv+"="+name+" "+path)
 	cmd.Stderr = os.Stderr
 	return cmd

@@ -149,12 +149,21 @@ func TestCase_L15_AnInterruptedMigrationIsCompleted(t *testing.T) {
 		}
 		defer store.Close()
 		got, head := contentOf(t, store)
-		if len(got) != rows || head .Epoch != "e1" || head.Revision != rows || head.Compacted != 7 {
+		if len(got) != rows || head.Epoch != "e1" || head.Revision != rows || head.Compacted != 7 {
 			return fmt.Errorf("got %d rows, %+v", len(got), head)
 		}
 		return nil
 	})
 	t.Logf("%d images", images)
+}
+
+// openAndClose brings a store to today's schema.
+func openAndClose(path string) error {
+	store, err := sqlite.Open(path, sqlite.Config{})
+	if err != nil {
+		return err
+	}
+	return store.Close()
 }
 
 // oldStore makes a store as the first version left it.
