@@ -13,7 +13,7 @@ PREFIX   ?= /usr/local
 ARGS     ?=
 DURATION ?= 1m
 FUZZTIME ?= 1m
-KILLS    ?= 25
+KILLS    ?= 1000
 ROUNDS   ?= 3
 TOOL     := go tool -modfile=tools/go.mod
 
@@ -92,8 +92,9 @@ bench: build ## both carriers beside ssh -L in ROUNDS (3) rounds, revocation, al
 	@cd bin && echo && stat -c '%s %n' $(PURE) $(CGO) | awk 'BEGIN {print "| program | MB |\n|---|---:|"} {printf "| %s | %.1f |\n", $$2, $$1/1e6}'
 
 .PHONY: crash
-crash: build ## kill -9 cached under load KILLS (25) times, with a ledger kept outside
-	cd integration && SALLYPORT_BIN=$(CURDIR)/bin go test -count=1 -timeout 30m -v -run 'TestCrash' . -args -kills=$(KILLS)
+crash: build ## kill -9 the engine and cached under load KILLS (1000) times each, with a ledger kept outside
+	go test -count=1 -timeout 60m -v -run 'TestCase_L1_NothingAcknowledged' ./cached/sqlite -args -kills=$(KILLS)
+	cd integration && SALLYPORT_BIN=$(CURDIR)/bin go test -count=1 -timeout 90m -v -run 'TestCrash' . -args -kills=$(KILLS)
 
 .PHONY: soak
 soak: build ## rolling restarts under load for DURATION (1m)

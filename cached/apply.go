@@ -300,10 +300,15 @@ func (v *view) get(k Key) (*Row, error) {
 	return v.seen[k], nil
 }
 
-// live returns the record if it counts, else nil.
+// live returns the record if it counts, else nil. A lease counts until it has
+// ended by either clock: its end lets somebody else in.
 func (v *view) live(k Key) (*sallyport.Record, error) {
+	now := v.server.clock.now
+	if k.Kind == sallyport.KindLease {
+		now = v.server.clock.earlier
+	}
 	row, err := v.get(k)
-	if err != nil || row == nil || !v.server.live(row, v.server.now()) {
+	if err != nil || row == nil || !v.server.live(row, now()) {
 		return nil, err
 	}
 	return &row.Record, nil

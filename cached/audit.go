@@ -70,7 +70,7 @@ func (s *Server) auditFailure(v *view, cause error) {
 }
 
 func (s *Server) append(ctx context.Context, r sallyport.AuditRecord) error {
-	r.Time = s.now()
+	r.Time = s.clock.now()
 	return s.audit.Append(ctx, r)
 }
 

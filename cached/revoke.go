@@ -147,7 +147,7 @@ func (w *withdrawal) dropRow(row *Row) {
 	if row.Deleted {
 		return
 	}
-	if k.Kind == sallyport.KindSession && w.view.server.live(row, w.view.server.now()) {
+	if k.Kind == sallyport.KindSession && w.view.server.live(row, w.view.server.clock.now()) {
 		w.ended++
 	}
 	w.ops = append(w.ops, sallyport.Op{Kind: k.Kind, ID: k.ID, Delete: true})

@@ -24,7 +24,8 @@ type Deps struct {
 	Audit sallyport.Auditor
 	// Log; nil: nothing is logged.
 	Log logging.Logger
-	// Now is the clock that decides what has expired; nil: time.Now.
+	// Now is the wall clock, which decides together with the steady one what has
+	// expired; nil: time.Now.
 	Now func() time.Time
 }
 
@@ -35,7 +36,7 @@ type Server struct {
 	seal   *sealer
 	audit  sallyport.Auditor
 	log    logging.Logger
-	now    func() time.Time
+	clock  *clock
 	epoch  sallyport.Epoch
 
 	queue queue
@@ -78,7 +79,6 @@ func New(cfg Config, deps Deps) (*Server, error) {
 		seal:  seal,
 		audit: deps.Audit,
 		log:   deps.Log,
-		now:   deps.Now,
 		epoch: head.Epoch,
 		feed:  newFeed(head.Revision),
 		ended: make(chan struct{}),
@@ -87,9 +87,7 @@ func New(cfg Config, deps Deps) (*Server, error) {
 	if s.log == nil {
 		s.log = logging.Discard()
 	}
-	if s.now == nil {
-		s.now = time.Now
-	}
+	s.clock = newClock(deps.Now, s.log)
 	s.shared, _ = deps.Store.(Shared)
 	ctx, cancel := context.WithTimeout(context.Background(), verifyFirst)
 	defer cancel()
@@ -211,7 +209,7 @@ func (s *Server) Get(ctx context.Context, kind sallyport.Kind, id string) (sally
 		return sallyport.Record{}, err
 	}
 	row, err := s.store.Get(ctx, kind, id)
-	if err == nil && !s.live(&row, s.now()) {
+	if err == nil && !s.live(&row, s.clock.now()) {
 		err = sallyport.ErrNotFound
 	}
 	if err != nil {
@@ -230,7 +228,7 @@ func (s *Server) List(ctx context.Context, kind sallyport.Kind) ([]sallyport.Rec
 		return nil, refuse("%q is not a kind that can be listed", kind)
 	}
 	list := []sallyport.Record{}
-	now := s.now()
+	now := s.clock.now()
 	err := s.store.Scan(ctx, Query{Kinds: []sallyport.Kind{kind}},
 		func(Head) error { return nil },
 		func(row Row) error {

@@ -15,6 +15,15 @@ import (
 // because the second flush of lost pages succeeds.
 var ErrBroken = errors.New("store failed and must be opened again")
 
+// ErrScanTooLong ends a scan that stands in the engine's way. It can be begun
+// again.
+var ErrScanTooLong = &sallyport.Error{
+	Outcome: sallyport.OutcomeUnavailable,
+	Code:    "storage.snapshot_too_long",
+	Message: "reading the record store took so long that its log could not be written back",
+	Hint:    "try again; a reader that takes its records more quickly is left alone",
+}
+
 // Row is a record as an engine keeps it.
 type Row struct {
 	sallyport.Record
@@ -111,7 +120,8 @@ type Store interface {
 	Room(ctx context.Context) error
 	// Scan calls begin with the head and then each for every row that the query
 	// asks for, all at one instant of the store's history. The first error ends it
-	// and is returned.
+	// and is returned. An engine whose history is held back for too long by it ends
+	// it with ErrScanTooLong.
 	Scan(ctx context.Context, q Query, begin func(Head) error, each func(Row) error) error
 	// Changed returns at most limit rows, tombstones included, whose revision is
 	// above after, in order of revision, and the head at that instant.

@@ -21,22 +21,36 @@ const (
 // sweep does a second's housekeeping. Its failures are not its callers': the
 // next second tries again.
 func (s *Server) sweep(ctx context.Context) {
-	if err := s.sweepExpired(ctx); err != nil && ctx.Err() == nil {
-		s.log.Warn("expired records are not swept", "error", err)
-	}
-	if err := s.sweepTombstones(ctx); err != nil && ctx.Err() == nil {
-		s.log.Warn("tombstones are not purged", "error", err)
+	if now, doubt := s.clock.look(); !doubt {
+		s.throwAway(ctx, now)
 	}
 	if err := s.check(s.store.Maintain(ctx)); err != nil && ctx.Err() == nil {
 		s.log.Warn("store is not maintained", "error", err)
 	}
 }
 
+// throwAway removes what has ended.
+func (s *Server) throwAway(ctx context.Context, now reading) {
+	err := s.sweepExpired(ctx, s.clock.ended(now))
+	if err == nil {
+		s.clock.accept(now)
+	} else if ctx.Err() == nil {
+		s.log.Warn("expired records are not swept", "error", err)
+	}
+	if err := s.sweepTombstones(ctx, now.steady); err != nil && ctx.Err() == nil {
+		s.log.Warn("tombstones are not purged", "error", err)
+	}
+}
+
 // sweepExpired turns records that have ended into tombstones, so that watches
-// hear of it and the store does not grow.
-func (s *Server) sweepExpired(ctx context.Context) error {
+// hear of it and the store does not grow. They have ended all the same: what is
+// left of a full disk is kept for revocations.
+func (s *Server) sweepExpired(ctx context.Context, now time.Time) error {
+	if err := s.store.Room(ctx); err != nil {
+		return s.check(err)
+	}
 	for ctx.Err() == nil {
-		rows, err := s.store.Expired(ctx, s.now(), sweepMax)
+		rows, err := s.store.Expired(ctx, now, sweepMax)
 		if err != nil {
 			return s.check(err)
 		}
@@ -93,8 +107,8 @@ func (c *purgeClock) tick(now time.Time, reached sallyport.Revision) sallyport.R
 }
 
 // sweepTombstones forgets some old tombstones, between two rounds of writes.
-func (s *Server) sweepTombstones(ctx context.Context) error {
-	upTo := s.purge.tick(s.now(), s.feed.reached())
+func (s *Server) sweepTombstones(ctx context.Context, now time.Time) error {
+	upTo := s.purge.tick(now, s.feed.reached())
 	if upTo == 0 {
 		return nil
 	}

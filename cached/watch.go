@@ -94,7 +94,7 @@ func (w *watch) snapshot(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, snapshotTime, errSlow)
 	defer cancel()
 	var (
-		now   = w.server.now()
+		now   = w.server.clock.now()
 		part  []sallyport.Record
 		bytes int
 		count int

@@ -8,7 +8,6 @@ import (
 	"flag"
 	"fmt"
 	"math/rand/v2"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -21,31 +20,14 @@ import (
 	"sallyport/cached/sqlite"
 )
 
-var kills = flag.Int("kills", 25, "how often TestCase_L1 kills the writing process; `make crash` says 1000")
-
-// crashFile is set in the process that TestCase_L1 kills.
-const crashFile = "SALLYPORT_CRASH_FILE"
+var kills = flag.Int("kills", 200, "how often TestCase_L1 kills the writing process; `make crash` says 1000")
 
 const crashWriters = 4
-
-func TestMain(m *testing.M) {
-	if path := os.Getenv(crashFile); path != "" {
-		fmt.Fprintln(os.Stderr, writeForever(path))
-		os.Exit(1)
-	}
-	os.Exit(m.Run())
-}
-
-var crashKey = make([]byte, cached.KeySize)
 
 // writeForever writes from several goroutines and tells each acknowledged
 // operation on standard output, in one line, after it was acknowledged.
 func writeForever(path string) error {
-	store, err := sqlite.Open(path, sqlite.Config{})
-	if err != nil {
-		return err
-	}
-	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: crashKey})
+	_, s, end, err := openServed(path)
 	if err != nil {
 		return err
 	}
@@ -60,7 +42,7 @@ func writeForever(path string) error {
 	for w := range crashWriters {
 		go func() { errs <- crashWriter(s, w, tell) }()
 	}
-	return <-errs
+	return errors.Join(<-errs, end())
 }
 
 // pair is the payload of two records that are only ever written together.
@@ -149,9 +131,24 @@ func TestCase_L1_NothingAcknowledgedIsLostWhenKilled(t *testing.T) {
 // operations, kills it, and notes everything it acknowledged.
 func (l *ledger) run(t *testing.T, path string) {
 	t.Helper()
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), crashFile+"="+path)
-	cmd.Stderr = os.Stderr
+	left := 1 + rand.IntN(200)
+	cmd := helper(t, "write-forever", path)
+	_ = l.follow(t, cmd, func() {
+		if left--; left == 0 {
+			if err := cmd.Process.Kill(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	if left > 0 {
+		t.Fatalf("the writer ended by itself, %d operations short", left)
+	}
+}
+
+// follow runs a writer to its end, notes everything it acknowledges, and calls
+// each after each operation. It returns how the process ended.
+func (l *ledger) follow(t *testing.T, cmd *exec.Cmd, each func()) error {
+	t.Helper()
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -159,7 +156,6 @@ func (l *ledger) run(t *testing.T, path string) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	left := 1 + rand.IntN(200)
 	lines := bufio.NewScanner(out)
 	for lines.Scan() {
 		var what string
@@ -173,16 +169,9 @@ func (l *ledger) run(t *testing.T, path string) {
 			l.revoked[w] = n
 		}
 		l.total++
-		if left--; left == 0 {
-			if err := cmd.Process.Kill(); err != nil {
-				t.Fatal(err)
-			}
-		}
+		each()
 	}
-	_ = cmd.Wait() // killed
-	if left > 0 {
-		t.Fatalf("the writer ended by itself, %d operations short", left)
-	}
+	return cmd.Wait()
 }
 
 // check compares the store with what was acknowledged: each writer is at most
@@ -193,6 +182,14 @@ func (l *ledger) check(t *testing.T, store *sqlite.Store) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	list, err := s.List(t.Context(), sallyport.KindSession)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sessions := map[string]bool{}
+	for _, r := range list {
+		sessions[r.ID] = true
+	}
 	for w := range crashWriters {
 		left, right := crashPair(t, s, "left", w), crashPair(t, s, "right", w)
 		if left != right {
@@ -202,16 +199,10 @@ func (l *ledger) check(t *testing.T, store *sqlite.Store) {
 			t.Errorf("writer %d: acknowledged %d, stored %d", w, n, left.N)
 		}
 		l.put[w] = left.N // seen now: the next process goes on from here, and may not lose it either
-		for n := max(1, l.revoked[w]-100); n <= left.N; n++ {
-			_, err := s.Get(t.Context(), sallyport.KindSession, fmt.Sprintf("s-%d-%d", w, n))
-			gone := errors.Is(err, sallyport.ErrNotFound)
-			if err != nil && !gone {
-				t.Fatal(err)
-			}
-			if !gone && n <= l.revoked[w] {
+		for n := 1; n <= left.N; n++ {
+			if there := sessions[fmt.Sprintf("s-%d-%d", w, n)]; there && n <= l.revoked[w] {
 				t.Errorf("writer %d: session %d was revoked, and is back", w, n)
-			}
-			if gone && n > l.revoked[w]+1 {
+			} else if !there && n > l.revoked[w]+1 {
 				t.Errorf("writer %d: session %d was acknowledged, and is lost", w, n)
 			}
 		}

@@ -3,11 +3,17 @@ package sqlite
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 
 	"github.com/mattn/go-sqlite3"
 
 	"sallyport"
 	"sallyport/cached"
+)
+
+const (
+	codeBusy = "storage.busy"
+	codeFull = "storage.full"
 )
 
 // classify turns SQLite's errors into those that cached.Store promises.
@@ -20,7 +26,7 @@ func classify(err error) error {
 	case sqlite3.ErrBusy, sqlite3.ErrLocked:
 		return &sallyport.Error{
 			Outcome: sallyport.OutcomeUnavailable,
-			Code:    "storage.busy",
+			Code:    codeBusy,
 			Message: "the record store is locked by another process",
 			Hint:    "end the program that holds the database file; cached goes on by itself",
 			Err:     err,
@@ -49,7 +55,10 @@ func corrupt(path, message string, cause error) error {
 // written last.
 func rolledBack(path string, revision uint64, m *marker) error {
 	message := fmt.Sprintf("the record store is at revision %d, and %d was written: an older file was put in its place", revision, m.Revision)
-	if m.Revision <= revision {
+	switch {
+	case m.Store == "":
+		message = "what was written to the record store last cannot be told: " + path + ".lock is damaged"
+	case m.Revision <= revision:
 		message = "the record store is not the one that was written here last"
 	}
 	return &sallyport.Error{
@@ -61,6 +70,18 @@ func rolledBack(path string, revision uint64, m *marker) error {
 	}
 }
 
+// unmarked returns the refusal to start from files that no marker vouches for:
+// whether they are the newest, and all of them, nobody can tell.
+func unmarked(path string) error {
+	return &sallyport.Error{
+		Outcome: sallyport.OutcomeInternal,
+		Code:    "storage.rolled_back",
+		Message: fmt.Sprintf("there is a record store, but %s.lock, which knows what was written to it last, is missing", path),
+		Hint: fmt.Sprintf("put back %[1]s.lock as it was; or run `sallyport restore --in-place --config FILE`, which takes the "+
+			"store as it is and ends every session; to start with nothing, move away every file named %[1]s*", path),
+	}
+}
+
 // damaged says which of the errors at opening mean that the file is no good.
 func damaged(path string, err error) error {
 	if err == nil || sallyport.CodeOf(err) != "" {
@@ -68,7 +89,9 @@ func damaged(path string, err error) error {
 	}
 	classified := classify(err)
 	var e sqlite3.Error
-	if errors.Is(classified, cached.ErrBroken) || errors.As(err, &e) && e.Code == sqlite3.ErrError {
+	var outside *fs.PathError
+	unreadable := !errors.As(err, &e) && !errors.As(err, &outside) // a row is missing, or holds something else
+	if errors.Is(classified, cached.ErrBroken) || e.Code == sqlite3.ErrError || unreadable {
 		return corrupt(path, "the record store is damaged", err)
 	}
 	return classified

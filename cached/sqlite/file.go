@@ -84,21 +84,48 @@ func dsn(path string, busy time.Duration, readOnly bool) string {
 // prepareFile leaves a database at path that this version may open, or says why
 // there is none. It makes one only where there never was one.
 func prepareFile(path string, m *marker) error {
-	there, err := exists(path)
+	there, err := hasText(path)
 	if err != nil {
 		return err
 	}
 	if there {
 		return checkHeader(path)
 	}
-	wal, err := exists(path + "-wal")
-	if err != nil {
-		return err
-	}
-	if m.initialised || wal {
+	if !m.making {
 		return corrupt(path, "the record store is missing or empty, although there was one", nil)
 	}
+	if err := neverWritten(path); err != nil {
+		return err
+	}
 	return create(path)
+}
+
+// neverWritten returns nil if nothing of a store lies at path: only there may one be
+// made, as the marker itself may be what is missing.
+func neverWritten(path string) error {
+	for _, part := range []string{path, path + "-wal"} {
+		_, err := os.Lstat(part)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		return unmarked(path)
+	}
+	return nil
+}
+
+// hasText reports whether path is a file with something in it.
+func hasText(path string) (bool, error) {
+	info, err := os.Stat(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	return info.Size() > 0, nil
 }
 
 // checkHeader reads the file's header (SQLite file format, section 1.3) without
@@ -238,7 +265,7 @@ func (s *Store) load(path string) error {
 	if err != nil {
 		return err
 	}
-	if m := s.marker; m.initialised && (m.Store != store || m.Revision > uint64(head.Revision)) {
+	if m := s.marker; !m.making && (m.Store != store || m.Revision > uint64(head.Revision)) {
 		return rolledBack(path, uint64(head.Revision), m)
 	}
 	s.head.Store(&head)

@@ -2,18 +2,15 @@ package sqlite_test
 
 import (
 	"bytes"
-	"context"
 	"crypto/sha256"
 	"database/sql"
 	"errors"
 	"fmt"
 	"io/fs"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"sallyport"
 	"sallyport/cached"
@@ -228,66 +225,6 @@ func TestCase_L5_AMissingFileIsRefused(t *testing.T) {
 	}
 }
 
-// Whatever bit flips: a session is read as it was written, or not at all.
-func TestCase_L5_AFlippedBitNeverChangesARecord(t *testing.T) {
-	const sessions = 30
-	path := filled(t, sessions)
-	whole, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	lock, err := os.ReadFile(path + ".lock")
-	if err != nil {
-		t.Fatal(err)
-	}
-	refused, missing := 0, 0
-	for range 60 {
-		text := bytes.Clone(whole)
-		bit := rand.IntN(8 * len(text))
-		text[bit/8] ^= 1 << (bit % 8)
-		dir := t.TempDir()
-		path := filepath.Join(dir, "cached.db")
-		if err := errors.Join(os.WriteFile(path, text, 0o600), os.WriteFile(path+".lock", lock, 0o600)); err != nil {
-			t.Fatal(err)
-		}
-		store, err := sqlite.Open(path, sqlite.Config{})
-		if err != nil {
-			if c := sallyport.CodeOf(err); c != "storage.corrupt" && c != "schema.too_new" && c != "storage.rolled_back" {
-				t.Errorf("bit %d: got %v; want storage.corrupt", bit, err)
-			}
-			refused++
-			continue
-		}
-		n, err := readSessions(t, store, sessions, bit)
-		if missing += n; err != nil {
-			refused++
-		}
-		_ = store.Close() // may find the damage, too
-	}
-	t.Logf("60 bits: %d files refused, %d sessions missing, none changed", refused, missing)
-}
-
-func readSessions(t *testing.T, store *sqlite.Store, n, bit int) (missing int, refused error) {
-	t.Helper()
-	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: key})
-	if sallyport.CodeOf(err) == "storage.rolled_back" {
-		return 0, err
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i := range n {
-		op := sessionOp(i)
-		r, err := s.Get(t.Context(), op.Kind, op.ID)
-		if err != nil {
-			missing++
-		} else if !bytes.Equal(r.Payload, op.Payload) || r.Revision != sallyport.Revision(i+1) {
-			t.Errorf("bit %d: got %+v; want %s unchanged", bit, r, op.ID)
-		}
-	}
-	return missing, nil
-}
-
 func TestCase_L8_ContentOfAnotherRowDoesNotVerify(t *testing.T) {
 	for name, c := range map[string]struct {
 		text    string
@@ -365,46 +302,6 @@ func TestCase_J10_ANewerSchemaIsLeftUntouched(t *testing.T) {
 	}
 	if sum() != before {
 		t.Error("the file was changed")
-	}
-}
-
-func TestCase_L9_ALockedFileIsReadAndWaitedFor(t *testing.T) {
-	path := filled(t, 1)
-	store, err := sqlite.Open(path, sqlite.Config{BusyTimeout: 100 * time.Millisecond})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer store.Close()
-	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: key})
-	if err != nil {
-		t.Fatal(err)
-	}
-	db, err := sql.Open("sqlite3", "file:"+path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer db.Close()
-	other, err := db.Conn(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	exec := func(text string) {
-		t.Helper()
-		if _, err := other.ExecContext(context.Background(), text); err != nil {
-			t.Fatal(err)
-		}
-	}
-	exec(`BEGIN EXCLUSIVE`)
-	if _, err := s.Get(t.Context(), sallyport.KindSession, "s0"); err != nil {
-		t.Errorf("read: %v", err)
-	}
-	_, err = s.Apply(t.Context(), []sallyport.Op{sessionOp(1)})
-	if sallyport.CodeOf(err) != "storage.busy" || sallyport.OutcomeOf(err) != sallyport.OutcomeUnavailable {
-		t.Errorf("write: got %v; want storage.busy", err)
-	}
-	exec(`ROLLBACK`)
-	if _, err := s.Apply(t.Context(), []sallyport.Op{sessionOp(1)}); err != nil {
-		t.Errorf("write after the lock is gone: %v", err)
 	}
 }
 

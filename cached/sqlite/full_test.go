@@ -44,7 +44,10 @@ func TestRevocationsGoOnWhenTheDiskIsFull(t *testing.T) {
 func revokeOnFullDisk(t *testing.T, dir string) {
 	const sessions = 300
 	path := filepath.Join(dir, "cached.db")
-	s, end := serve(t, path)
+	store, s, end, err := openServed(path)
+	if err != nil {
+		t.Fatal(err)
+	}
 	for i := range sessions {
 		if _, err := s.Apply(t.Context(), []sallyport.Op{sessionOp(i)}); err != nil {
 			t.Fatal(err)
@@ -60,6 +63,9 @@ func revokeOnFullDisk(t *testing.T, dir string) {
 		if err != nil || got.Sessions != 1 || !got.Durable {
 			t.Fatalf("revocation %d: got %+v, %v; want it done", i, got, err)
 		}
+		if err := store.Maintain(t.Context()); err != nil { // the marker goes on, too
+			t.Fatalf("revocation %d: %v", i, err)
+		}
 	}
 	if err := os.Remove(filler); err != nil {
 		t.Fatal(err)
@@ -67,8 +73,12 @@ func revokeOnFullDisk(t *testing.T, dir string) {
 	if _, err := s.Apply(t.Context(), []sallyport.Op{sessionOp(sessions)}); err != nil {
 		t.Errorf("put with room again: %v", err)
 	}
-	end()
-	s, end = serve(t, path)
+	if err := end(); err != nil {
+		t.Fatal(err)
+	}
+	if _, s, end, err = openServed(path); err != nil {
+		t.Fatal(err)
+	}
 	defer end()
 	list, err := s.List(t.Context(), sallyport.KindSession)
 	if err != nil || len(list) != 1 || list[0].ID != fmt.Sprint("s", sessions) {

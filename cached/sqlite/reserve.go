@@ -17,9 +17,6 @@ const (
 
 	// roomWanted is what must be left of the disk for a write that adds something.
 	roomWanted = 8 << 20
-
-	// logMax is from which size on the log is cut back after a long read.
-	logMax = 64 << 20
 )
 
 // reserve gives the log its blocks without changing its size, which SQLite would
@@ -31,7 +28,7 @@ func (s *Store) reserve() {
 		return
 	}
 	defer f.Close() // SQLite's locks are on the other two files
-	if err := allocate(f, reserved); err != nil {
+	if err := allocate(f, s.wal.reserve); err != nil {
 		s.log.Warn("space for revocations is not reserved", "error", err)
 	}
 }
@@ -42,38 +39,19 @@ func (s *Store) Room(context.Context) error {
 	if err := unix.Fstatfs(int(s.marker.f.Fd()), &fs); err != nil {
 		return err
 	}
-	if uint64(fs.Bavail)*uint64(fs.Bsize) >= roomWanted {
-		return nil
+	if uint64(fs.Bavail)*uint64(fs.Bsize) < roomWanted {
+		return full(nil)
 	}
-	return full(nil)
-}
-
-// shrinkLog cuts an overgrown log back, if no reader is in the way.
-func (s *Store) shrinkLog(ctx context.Context) error {
-	info, err := os.Stat(s.path + "-wal")
-	if err != nil || info.Size() <= logMax {
-		return nil // it is not there before the first write
+	if s.wal.size.Load() > additionsEndAt {
+		return logFull(s.path)
 	}
-	s.writeMu.Lock()
-	defer s.writeMu.Unlock()
-	var busy, pages, done int
-	if err := s.writer.QueryRowContext(ctx, `PRAGMA wal_checkpoint(PASSIVE)`).Scan(&busy, &pages, &done); err != nil {
-		return classify(err)
-	}
-	if busy != 0 || done < pages {
-		return nil
-	}
-	if _, err := s.writer.ExecContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`); err != nil {
-		return classify(err)
-	}
-	s.reserve()
 	return nil
 }
 
 func full(cause error) error {
 	return &sallyport.Error{
 		Outcome: sallyport.OutcomeUnavailable,
-		Code:    "storage.full",
+		Code:    codeFull,
 		Message: "the disk of the record store is full; only revocations are taken",
 		Hint:    "free space on it; cached goes on by itself",
 		Err:     cause,

@@ -9,10 +9,18 @@
 //	cached.db, cached.db-wal, cached.db-shm   SQLite's
 //	cached.db.lock                            ours: held locked while the store is open
 //
-// The lock file also remembers that a store was made here, and the highest
-// revision known to be written. A store whose database is missing or empty is
-// therefore never mistaken for a new one, and a database that lies behind (a
-// restored backup) starts a new epoch.
+// The lock file is also the marker: it remembers that a store was made here, and
+// the highest revision known to be written. A store whose database is missing or
+// empty is therefore never mistaken for a new one, and one that lies behind, or
+// whose marker is missing, is refused.
+//
+// # Failures
+//
+// A write, flush or checkpoint that the disk fails ends the store: it takes no
+// write any more and does not even close the database, because that would write
+// and flush again, and the second flush of lost pages succeeds. What is on the
+// disk is read back by whoever opens it next. A disk that is only full ends
+// nothing: see ADR 0006.
 package sqlite
 
 import (
@@ -20,7 +28,6 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
-	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -38,15 +45,21 @@ type Config struct {
 	BusyTimeout time.Duration
 	// Log; nil: nothing is logged.
 	Log logging.Logger
+
+	reserve int64 // bytes, smaller in tests that open thousands of stores
 }
 
 // Store implements cached.Store over a file.
 type Store struct {
 	path   string
+	busy   time.Duration
 	log    logging.Logger
 	marker *marker
 
-	head atomic.Pointer[cached.Head] // follows what is committed
+	head   atomic.Pointer[cached.Head] // follows what is committed
+	failed atomic.Bool                 // the disk failed a write: see above
+	scans  scans
+	wal    wal
 
 	readers    *sql.DB
 	get        *sql.Stmt
@@ -78,22 +91,27 @@ func Open(path string, cfg Config) (*Store, error) {
 	if cfg.Log == nil {
 		cfg.Log = logging.Discard()
 	}
-	m, err := lockMarker(path + ".lock")
+	if cfg.reserve == 0 {
+		cfg.reserve = reserved
+	}
+	m, err := lockMarker(path)
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
-	s := &Store{path: path, log: cfg.Log, marker: m}
-	if err := s.open(path, cfg.BusyTimeout); err != nil {
+	s := &Store{path: path, busy: cfg.BusyTimeout, log: cfg.Log, marker: m}
+	s.wal.reserve, s.wal.checkpointAt = cfg.reserve, checkpointAt
+	s.scans.renew()
+	if err := s.open(path); err != nil {
 		return nil, errors.Join(fmt.Errorf("open %s: %w", path, err), s.close())
 	}
 	return s, nil
 }
 
-func (s *Store) open(path string, busy time.Duration) error {
+func (s *Store) open(path string) error {
 	if err := prepareFile(path, s.marker); err != nil {
 		return err
 	}
-	if err := s.connect(path, busy); err != nil {
+	if err := s.connect(path); err != nil {
 		return damaged(path, err)
 	}
 	if err := s.migrate(); err != nil {
@@ -109,18 +127,22 @@ func (s *Store) open(path string, busy time.Duration) error {
 		return damaged(path, err)
 	}
 	s.reserve()
-	return s.marker.write(s.revision(), true)
+	return errors.Join(s.marker.write(s.revision()), s.marker.sync())
 }
 
 // connect opens one connection for writes and a pool for reads.
-func (s *Store) connect(path string, busy time.Duration) (err error) {
-	if s.writers, err = sql.Open("sqlite3", dsn(path, busy, false)); err != nil {
+func (s *Store) connect(path string) (err error) {
+	if s.writers, err = sql.Open("sqlite3", dsn(path, s.busy, false)); err != nil {
 		return err
 	}
 	if s.writer, err = s.writers.Conn(context.Background()); err != nil {
 		return err
 	}
-	if s.readers, err = sql.Open("sqlite3", dsn(path, busy, true)); err != nil {
+	// A checkpoint inside COMMIT would keep its failure to itself: tend makes them.
+	if _, err = s.writer.ExecContext(context.Background(), `PRAGMA wal_autocheckpoint = 0`); err != nil {
+		return err
+	}
+	if s.readers, err = sql.Open("sqlite3", dsn(path, s.busy, true)); err != nil {
 		return err
 	}
 	s.readers.SetMaxOpenConns(32)
@@ -168,7 +190,11 @@ func ownedBy(column string) string {
 // Close writes back what the log still holds and lets another process open the
 // file. No other method may be under way.
 func (s *Store) Close() error {
-	return errors.Join(s.marker.write(s.revision(), true), s.close())
+	var err error
+	if !s.failed.Load() {
+		err = errors.Join(s.marker.write(s.revision()), s.marker.sync())
+	}
+	return errors.Join(err, s.close())
 }
 
 func (s *Store) close() error {
@@ -177,6 +203,9 @@ func (s *Store) close() error {
 	var errs []error
 	if s.readers != nil {
 		errs = append(errs, s.readers.Close())
+	}
+	if s.failed.Load() { // the writer stays open: see Failures
+		return errors.Join(append(errs, s.marker.Close())...)
 	}
 	for _, stmt := range []*sql.Stmt{s.put, s.forget, s.putHead} {
 		if stmt != nil {
@@ -223,16 +252,29 @@ func (s *Store) Get(ctx context.Context, kind sallyport.Kind, id string) (cached
 func (s *Store) Update(ctx context.Context, plan func(cached.Tx) (cached.Change, error)) error {
 	s.writeMu.Lock()
 	defer s.writeMu.Unlock()
+	if s.failed.Load() {
+		return errFailed
+	}
 	change, err := plan(tx{s})
 	if err != nil || change.Empty() {
 		return err
 	}
 	ctx = context.WithoutCancel(ctx)
 	if err := s.transaction(ctx, func() error { return s.carryOut(ctx, &change) }); err != nil {
-		return fmt.Errorf("write: %w", err)
+		return fmt.Errorf("write: %w", s.note(err))
 	}
 	s.head.Store(&change.Head)
-	return nil
+	return s.note(s.tend(ctx))
+}
+
+var errFailed = fmt.Errorf("%w: the disk has failed a write", cached.ErrBroken)
+
+// note remembers that a write has failed for good, and passes err on.
+func (s *Store) note(err error) error {
+	if errors.Is(err, cached.ErrBroken) {
+		s.failed.Store(true)
+	}
+	return err
 }
 
 func (s *Store) carryOut(ctx context.Context, c *cached.Change) error {
@@ -304,8 +346,20 @@ func (s *Store) transaction(ctx context.Context, do func() error) error {
 	return nil
 }
 
-// Scan implements cached.Store.
+// Scan implements cached.Store. A scan that keeps the log from being written back
+// for too long is ended: its hold on the database goes at once, even while each
+// does not return.
 func (s *Store) Scan(ctx context.Context, q cached.Query, begin func(cached.Head) error, each func(cached.Row) error) error {
+	ctx, leave := s.scans.enter(ctx)
+	defer leave()
+	err := s.scan(ctx, q, begin, each)
+	if err != nil && errors.Is(context.Cause(ctx), cached.ErrScanTooLong) {
+		return cached.ErrScanTooLong
+	}
+	return err
+}
+
+func (s *Store) scan(ctx context.Context, q cached.Query, begin func(cached.Head) error, each func(cached.Row) error) error {
 	return s.snapshot(ctx, func(tx *sql.Tx, head cached.Head) error {
 		if err := begin(head); err != nil {
 			return err
@@ -399,14 +453,38 @@ func (s *Store) Expired(ctx context.Context, now time.Time, limit int) ([]cached
 	return collect(s.expired.QueryContext(ctx, cached.UnixNano(now), limit))
 }
 
-// Maintain implements cached.Store: the marker follows the revision, and a log
-// that grew during a long read shrinks again.
+// Maintain implements cached.Store: the marker becomes durable, and a log that grew
+// during a long read shrinks again.
 func (s *Store) Maintain(ctx context.Context) error {
-	if err := s.marker.write(s.revision(), false); err != nil {
-		return err
+	s.writeMu.Lock()
+	defer s.writeMu.Unlock()
+	if s.failed.Load() {
+		return errFailed
 	}
-	return s.shrinkLog(ctx)
+	ctx = context.WithoutCancel(ctx)
+	for _, step := range []func(context.Context) error{s.tend, s.syncMarker, s.shrinkLog} {
+		if err := step(ctx); err != nil {
+			return s.note(err)
+		}
+	}
+	return nil
 }
+
+// tend is what follows each commit. The commit stands, so the only error is one
+// that ends the store. The caller holds writeMu.
+func (s *Store) tend(ctx context.Context) error {
+	for _, err := range []error{s.marker.write(s.revision()), s.checkpoint(ctx)} {
+		if errors.Is(err, cached.ErrBroken) {
+			return err
+		}
+		if err != nil {
+			s.log.Warn("store is not maintained", "error", err)
+		}
+	}
+	return nil
+}
+
+func (s *Store) syncMarker(context.Context) error { return s.marker.sync() }
 
 func collect(rows *sql.Rows, err error) ([]cached.Row, error) {
 	if err != nil {
@@ -441,16 +519,4 @@ func read(rows *sql.Rows) (cached.Row, error) {
 		r.Payload = nil
 	}
 	return r, err
-}
-
-// exists reports whether path is a file with something in it.
-func exists(path string) (bool, error) {
-	info, err := os.Stat(path)
-	if errors.Is(err, os.ErrNotExist) {
-		return false, nil
-	}
-	if err != nil {
-		return false, err
-	}
-	return info.Size() > 0, nil
 }

@@ -1,0 +1,14 @@
+package sqlite
+
+// CheckpointAt has the log written back from that many pages on.
+func CheckpointAt(s *Store, pages int) { s.wal.checkpointAt = pages }
+
+// ApplicationID is what the header of each of our files says.
+const ApplicationID = applicationID
+
+// Migration returns the statements that lead from schema v to v+1.
+func Migration(v int) []string { return migration(v) }
+
+// Small is the configuration of a store that opens quickly, because nothing is
+// reserved for revocations.
+func Small() Config { return Config{reserve: 1} }
