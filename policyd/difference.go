@@ -40,16 +40,16 @@ func compareTables[T any](out []sallyport.SubjectChange, kind sallyport.Kind, ol
 			out = append(out, sallyport.SubjectChange{Subject: subject, Revision: rev, Why: why})
 		}
 	}
-	for id, was := range old.all() {
-		if is, ok := next.get(id); !ok {
-			add(id, words(was, nil), rev)
+	for was := range old.all() {
+		if is, ok := next.get(was.id); !ok {
+			add(was.id, words(was, nil), rev)
 		} else {
-			add(id, words(was, is), is.revision)
+			add(was.id, words(was, is), is.revision)
 		}
 	}
-	for id, is := range next.all() {
-		if _, ok := old.get(id); !ok {
-			add(id, words(nil, is), is.revision)
+	for is := range next.all() {
+		if _, ok := old.get(is.id); !ok {
+			add(is.id, words(nil, is), is.revision)
 		}
 	}
 	return out
