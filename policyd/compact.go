@@ -47,6 +47,12 @@ type login struct {
 	created, expires, authenticated instant
 }
 
+// user is a sallyport.User whose claims are those of the user's sessions.
+type user struct {
+	sallyport.User
+	claims *claims // keeps them shared
+}
+
 // claims and methods belong to many records and are never changed; nil: none.
 type (
 	claims  map[string]any
@@ -83,13 +89,12 @@ type common struct {
 }
 
 func (c *common) session(r *sallyport.Record) (*held[session], error) {
-	var p struct {
-		sallyport.Session
-		Claims      json.RawMessage `json:"claims"`
-		AuthMethods json.RawMessage `json:"auth_methods"`
-	}
-	if err := unmarshal(r, &p); err != nil {
-		return nil, err
+	var p sessionPayload
+	if !readSession(r.Payload, &p) {
+		p = sessionPayload{}
+		if err := unmarshal(r, &p); err != nil {
+			return nil, err
+		}
 	}
 	if err := named(r, string(p.ID)); err != nil {
 		return nil, err
@@ -112,12 +117,12 @@ func (c *common) session(r *sallyport.Record) (*held[session], error) {
 }
 
 func (c *common) login(r *sallyport.Record) (*held[login], error) {
-	var p struct {
-		sallyport.Login
-		AuthMethods json.RawMessage `json:"auth_methods"`
-	}
-	if err := unmarshal(r, &p); err != nil {
-		return nil, err
+	var p loginPayload
+	if !readLogin(r.Payload, &p) {
+		p = loginPayload{}
+		if err := unmarshal(r, &p); err != nil {
+			return nil, err
+		}
 	}
 	if err := named(r, string(p.ID)); err != nil {
 		return nil, err
@@ -132,8 +137,7 @@ func (c *common) login(r *sallyport.Record) (*held[login], error) {
 	}), nil
 }
 
-// user shares the claims of the user's sessions.
-func (c *common) user(r *sallyport.Record) (*held[sallyport.User], error) {
+func (c *common) user(r *sallyport.Record) (*held[user], error) {
 	var p struct {
 		sallyport.User
 		Claims json.RawMessage `json:"claims"`
@@ -146,7 +150,7 @@ func (c *common) user(r *sallyport.Record) (*held[sallyport.User], error) {
 		return nil, unreadable(r, err)
 	}
 	p.User.Claims = valueOf(claims)
-	return hold(r, p.User), nil
+	return hold(r, user{p.User, claims}), nil
 }
 
 func unmarshal(r *sallyport.Record, v any) error {

@@ -100,9 +100,7 @@ func (f *follower) items(e sallyport.WatchEvent) error {
 		return errors.New("records outside of a snapshot")
 	}
 	f.count += len(e.Records)
-	for _, r := range e.Records {
-		f.draft.apply(r)
-	}
+	f.draft.applyAll(e.Records)
 	return nil
 }
 

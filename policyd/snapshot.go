@@ -3,8 +3,10 @@ package policyd
 import (
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"sallyport"
@@ -61,7 +63,7 @@ type snapshot struct {
 
 	logins    table[*held[login]]
 	sessions  table[*held[session]]
-	users     table[*held[sallyport.User]]
+	users     table[*held[user]]
 	directory table[*held[directory]]
 	devices   table[*held[sallyport.Device]]
 	postures  table[*held[sallyport.Posture]]
@@ -79,7 +81,7 @@ type snapshotDraft struct {
 
 	logins    draft[*held[login]]
 	sessions  draft[*held[session]]
-	users     draft[*held[sallyport.User]]
+	users     draft[*held[user]]
 	directory draft[*held[directory]]
 	devices   draft[*held[sallyport.Device]]
 	postures  draft[*held[sallyport.Posture]]
@@ -87,7 +89,7 @@ type snapshotDraft struct {
 
 	known   func(text string) *policy.Policy // Deps.Known
 	now     time.Time
-	silent  bool // the changes are told by comparing, once everything is there
+	silent  bool // nobody asks for changes: the whole is compared with what was before
 	changes []sallyport.SubjectChange
 	faults  []error // records that could not be read
 }
@@ -118,6 +120,29 @@ func (d *snapshotDraft) apply(r sallyport.Record) {
 	d.put(&r, value, err)
 }
 
+// applyAll is apply for many records; they are decoded side by side, which takes
+// longer than to put them where they belong.
+func (d *snapshotDraft) applyAll(records []sallyport.Record) {
+	type decoded struct {
+		value any
+		err   error
+	}
+	all := make([]decoded, len(records))
+	var workers sync.WaitGroup
+	share := (len(records) + runtime.GOMAXPROCS(0) - 1) / runtime.GOMAXPROCS(0)
+	for first := 0; first < len(records); first += share {
+		workers.Go(func() {
+			for i := first; i < min(first+share, len(records)); i++ {
+				all[i].value, all[i].err = d.decode(&records[i])
+			}
+		})
+	}
+	workers.Wait()
+	for i := range records {
+		d.put(&records[i], all[i].value, all[i].err)
+	}
+}
+
 // decode reads a record's payload as its table keeps it: a *held of the table's
 // type; nil for one that was deleted or that no table keeps. Several may be decoded
 // at once.
@@ -146,51 +171,57 @@ func (d *snapshotDraft) decode(r *sallyport.Record) (any, error) {
 
 // put is apply for a record that is decoded.
 func (d *snapshotDraft) put(r *sallyport.Record, value any, err error) {
-	var why string
 	if err != nil {
 		d.faults = append(d.faults, err)
 		value = nil
 	}
+	if why := d.place(r, value); why != "" {
+		if subject, ok := sallyport.SubjectOf(r.Kind, r.ID); ok {
+			d.changes = append(d.changes, sallyport.SubjectChange{Subject: subject, Revision: r.Revision, Why: why})
+		}
+	}
+}
+
+// place puts a decoded record where it belongs and says what that changes.
+func (d *snapshotDraft) place(r *sallyport.Record, value any) (why string) {
 	switch r.Kind {
 	case sallyport.KindLogin:
-		why = take(&d.logins, r.ID, value, d.loginWords)
+		return take(&d.logins, r.ID, value, d.silent, d.loginWords)
 	case sallyport.KindSession:
-		why = take(&d.sessions, r.ID, value, d.sessionWords)
+		return take(&d.sessions, r.ID, value, d.silent, d.sessionWords)
 	case sallyport.KindUser:
-		why = take(&d.users, r.ID, value, userWords)
+		return take(&d.users, r.ID, value, d.silent, userWords)
 	case sallyport.KindDirectoryUser:
-		why = take(&d.directory, r.ID, value, directoryWords)
+		return take(&d.directory, r.ID, value, d.silent, directoryWords)
 	case sallyport.KindDevice:
-		why = take(&d.devices, r.ID, value, deviceWords)
+		return take(&d.devices, r.ID, value, d.silent, deviceWords)
 	case sallyport.KindPosture:
-		why = take(&d.postures, r.ID, value, postureWords)
+		return take(&d.postures, r.ID, value, d.silent, postureWords)
 	case sallyport.KindRecord:
-		why = take(&d.externals, r.ID, value, externalWords)
+		return take(&d.externals, r.ID, value, d.silent, externalWords)
 	case sallyport.KindConfig:
-		why = d.applyConfig(*r)
+		return d.applyConfig(*r)
 	case sallyport.KindTrust:
 		d.applyTrust(*r)
 	}
-	if why == "" || d.silent {
-		return
-	}
-	if subject, ok := sallyport.SubjectOf(r.Kind, r.ID); ok {
-		d.changes = append(d.changes, sallyport.SubjectChange{Subject: subject, Revision: r.Revision, Why: why})
-	}
+	return ""
 }
 
 // take puts a *held[T] into its table, nil taking out what stands there, and returns
 // what words says of the change; empty: nothing that a decision could depend on. So
 // a payload that cannot be read counts as deleted.
-func take[T any](t *draft[*held[T]], id string, value any, words func(old, new *held[T]) string) string {
-	old, _ := t.get(id)
+func take[T any](t *draft[*held[T]], id string, value any, silent bool, words func(old, new *held[T]) string) (why string) {
 	h, _ := value.(*held[T])
+	if !silent {
+		old, _ := t.get(id)
+		why = words(old, h)
+	}
 	if h == nil {
 		t.delete(id)
 	} else {
 		t.set(h)
 	}
-	return words(old, h)
+	return why
 }
 
 // whole decodes a record whose table keeps everything of it.
@@ -358,7 +389,7 @@ func (s *snapshot) person(id sallyport.SessionID, revoked *overrides, now time.T
 	}
 	session.value.write(&p.session, session.id)
 	login.value.write(&p.login, login.id)
-	p.Person = policy.Person{Session: &p.session, Login: &p.login, User: &user.value, Email: user.value.Email}
+	p.Person = policy.Person{Session: &p.session, Login: &p.login, User: &user.value.User, Email: user.value.Email}
 	if absent := s.device(&p.Person, now); absent != "" {
 		return absent
 	}

@@ -60,7 +60,7 @@ func lived(what string, changed bool, was, is instant) string {
 	return ""
 }
 
-func userWords(old, new *held[sallyport.User]) string {
+func userWords(old, new *held[user]) string {
 	switch {
 	case new == nil && old == nil:
 		return ""
@@ -74,7 +74,7 @@ func userWords(old, new *held[sallyport.User]) string {
 		return "user enabled"
 	case new.value.Email != old.value.Email:
 		return "e-mail address changed"
-	case !reflect.DeepEqual(old.value, new.value):
+	case !reflect.DeepEqual(old.value.User, new.value.User):
 		return "user changed"
 	}
 	return ""
