@@ -1,7 +1,6 @@
 package policyd
 
 import (
-	"flag"
 	"fmt"
 	"math/rand/v2"
 	"runtime"
@@ -12,7 +11,6 @@ import (
 	"sallyport/cached/storetest"
 )
 
-var sessions = flag.Int("sessions", 10_000, "how many sessions the benchmarks of scale have")
 
 // heap is how many bytes are in use.
 func heap() int64 {
@@ -63,7 +61,7 @@ func (c *crowd) perSession() float64 {
 
 func BenchmarkCrowd(b *testing.B) {
 	for b.Loop() {
-		c := newCrowd(b, storetest.Population{Sessions: *sessions, Now: time.Now()})
+		c := newCrowd(b, storetest.Population{Sessions: storetest.Sessions(), Now: time.Now()})
 		for _, kind := range storetest.Kinds {
 			fmt.Printf("%s %d bytes a session, %v\n", kind, c.bytes[kind]/int64(c.Sessions), c.took[kind])
 		}
@@ -71,7 +69,7 @@ func BenchmarkCrowd(b *testing.B) {
 		r := sallyport.Record{Kind: sallyport.KindSession, Deleted: true, Revision: 2}
 		began := time.Now()
 		for range 1000 {
-			r.ID = string(c.Session(rand.IntN(*sessions)))
+			r.ID = string(c.Session(rand.IntN(storetest.Sessions())))
 			d := c.edit(Config{}, time.Now())
 			d.apply(r)
 			d.finish()
