@@ -309,6 +309,25 @@ func TestCase_L16_ChangeToDecision(t *testing.T) {
 	}
 }
 
+func TestCase_L16_Lookup(t *testing.T) {
+	for _, e := range engines {
+		t.Run(e.name, func(t *testing.T) {
+			s := newSite(t, e.open(t), 2_000)
+			var took storetest.Latencies
+			for i := range s.Sessions {
+				began := time.Now()
+				if _, err := s.records.Get(t.Context(), sallyport.KindSession, string(s.Session(i))); err != nil {
+					t.Fatal(err)
+				}
+				took.Add(began)
+			}
+			if got := took.Quantile(.50); got > time.Millisecond {
+				t.Errorf("the median lookup takes %v; want a millisecond even of 99 of 100", got)
+			}
+		})
+	}
+}
+
 // BenchmarkScale is a site of -sessions sessions, filled once for each engine.
 func BenchmarkScale(b *testing.B) {
 	for _, e := range engines {
