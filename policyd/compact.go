@@ -15,7 +15,7 @@ import (
 )
 
 // Sessions and logins are by far the most records, and the only ones that grow with
-// every login. Decoded as they are, a session and its login take 1.6 KB, most of it
+// every login. Decoded as they are, a session and its login take 2.2 KB, most of it
 // in maps, times and texts that a thousand others have, too. So a snapshot keeps of
 // them what decisions and explanations look at, and in as few pieces as possible,
 // because the garbage collector visits every piece in every cycle:
