@@ -95,7 +95,7 @@ bench: build scale ## both carriers beside ssh -L in ROUNDS (3) rounds, revocati
 # Store: an engine by itself. Scale: cached and policyd over loopback. The rest: policyd.
 .PHONY: scale
 scale: ## the benchmarks of SESSIONS (1,000,000) sessions, on every engine
-	go test -p 1 -timeout 60m -run '^$$' -bench 'Store|Scale|Memory|Difference' ./cached/sqlite ./cmd/internal/store ./policyd -args -sessions=$(SESSIONS) | grep -E 'Benchmark|^pkg|FAIL|fatal|panic|_test.go|bench.go'
+	go test -p 1 -timeout 60m -run '^$$' -bench 'Store|Scale|Memory|Difference' ./cached/sqlite ./cached/postgres ./cmd/internal/store ./policyd -args -sessions=$(SESSIONS) | grep -E 'Benchmark|^pkg|FAIL|fatal|panic|_test.go|bench.go'
 
 .PHONY: crash
 crash: build ## kill -9 cached under load KILLS (25) times, with a ledger kept outside

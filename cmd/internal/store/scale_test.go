@@ -15,6 +15,8 @@ import (
 
 	"sallyport"
 	"sallyport/cached"
+	"sallyport/cached/postgres"
+	"sallyport/cached/postgres/postgrestest"
 	"sallyport/cached/sqlite"
 	"sallyport/cached/storetest"
 	"sallyport/internal/logging"
@@ -30,10 +32,27 @@ var engines = []struct {
 	latency time.Duration // of a change until it decides, in 99 of 100 cases
 }{
 	{"sqlite", openSQLite, 100 * time.Millisecond},
+	{"postgres", openPostgres, 200 * time.Millisecond},
 }
 
 func openSQLite(tb testing.TB) cached.Store {
 	s, err := sqlite.Open(filepath.Join(tb.TempDir(), "cached.db"), sqlite.Config{})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			tb.Errorf("close: %v", err)
+		}
+	})
+	return s
+}
+
+func openPostgres(tb testing.TB) cached.Store {
+	cluster := postgrestest.Start(tb)
+	s, err := postgres.Open(tb.Context(), postgres.Config{
+		URL: cluster.URL(cluster.Database(tb)), PasswordFile: cluster.PasswordFile(), Marker: filepath.Join(tb.TempDir(), "postgres.marker"),
+	})
 	if err != nil {
 		tb.Fatal(err)
 	}
