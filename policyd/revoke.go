@@ -78,6 +78,13 @@ func (o *overrides) end(p *policy.Person) string {
 	return ""
 }
 
+// mayEnd reports whether end has anything to say about the session: a quick look
+// for who goes through all of them.
+func (o *overrides) mayEnd(s *held[session]) bool {
+	return o.has(sallyport.SubjectSession, s.id) || o.has(sallyport.SubjectLogin, string(s.value.login)) ||
+		o.has(sallyport.SubjectUser, string(s.value.user.Value())) || o.has(sallyport.SubjectDevice, string(s.value.device.Value()))
+}
+
 // pending reports whether something has not been written to cached yet.
 func (o *overrides) pending() bool {
 	return slices.ContainsFunc(o.all, func(o *override) bool { return !o.isWritten() })
@@ -107,10 +114,10 @@ func (s *Server) Revoke(ctx context.Context, r sallyport.Revocation) (sallyport.
 	}
 	before := s.revoked.Load()
 	added := s.override(r.Subjects)
-	out := sallyport.Revoked{Sessions: s.countEnded(before, newOverrides(added))}
 	s.tellRevoked(r)
-	s.auditRevocation(ctx, r)
 	s.replay.wake()
+	s.auditRevocation(ctx, r)
+	out := sallyport.Revoked{Sessions: s.countEnded(before, newOverrides(added))} // nobody waits for it but the caller
 	if !s.replay.connected.Load() {
 		return out, nil
 	}
@@ -159,7 +166,7 @@ func (s *Server) countEnded(before, added *overrides) int {
 	n, now := 0, time.Now()
 	var p person
 	for session := range snap.sessions.all() {
-		if snap.person(sallyport.SessionID(session.id), before, now, &p) == "" && added.end(&p.Person) != "" {
+		if added.mayEnd(session) && snap.person(sallyport.SessionID(session.id), before, now, &p) == "" && added.end(&p.Person) != "" {
 			n++
 		}
 	}

@@ -86,7 +86,7 @@ func (c *crowd) end(i int) *snapshot {
 }
 
 func TestCase_L16_AChangeCopiesItsWayOnly(t *testing.T) {
-	c := newCrowd(t, storetest.Population{Sessions: 50_000, Now: time.Now()})
+	c := newCrowd(t, storetest.Population{Sessions: 20_000, Now: time.Now()})
 	const changes, most = 1_000, 6 << 10
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
