@@ -190,9 +190,7 @@ func (e *bench) snapshot(b *testing.B) {
 	each := b.Elapsed() / time.Duration(b.N)
 	b.ReportMetric(each.Seconds(), "s/snapshot")
 	b.ReportMetric(microseconds(cpu)/float64(b.N)/float64(records), "cpu-µs/record")
-	if e.Sessions >= 100_000 { // below, the start counts more than the rest
-		Within(b, "a snapshot", each*1_000_000/time.Duration(e.Sessions), e.Bars.Snapshot)
-	}
+	WithinForMillion(b, "a snapshot", e.Sessions, min(each, cpu/time.Duration(b.N)), e.Bars.Snapshot)
 }
 
 func (e *bench) size(b *testing.B) {
@@ -205,11 +203,19 @@ func (e *bench) size(b *testing.B) {
 	b.ReportMetric(float64(n)/float64(e.Sessions), "disk-B/session")
 }
 
+// WithinForMillion is Within for a figure of so many sessions that grows with them.
+func WithinForMillion(b *testing.B, what string, sessions int, got, bar time.Duration) {
+	b.Helper()
+	if sessions >= 100_000 { // below, the start counts more than the rest
+		Within(b, what+" of a million sessions", got*1_000_000/time.Duration(sessions), bar)
+	}
+}
+
 // Within fails the benchmark if a figure is more than twice what it may be.
 func Within(b *testing.B, what string, got, bar time.Duration) {
 	b.Helper()
 	if bar > 0 && got > 2*bar {
-		b.Fatalf("%s takes %v; want %v", what, got, bar)
+		b.Errorf("%s takes %v; want %v", what, got, bar)
 	}
 }
 
