@@ -29,7 +29,9 @@ func (p Population) Users() int { return max(p.Sessions/10, 1) }
 func (p Population) Devices() int { return 2 * p.Users() }
 
 // Session returns the id of the session i.
-func (p Population) Session(i int) sallyport.SessionID { return sallyport.SessionID(populationID("s", i)) }
+func (p Population) Session(i int) sallyport.SessionID {
+	return sallyport.SessionID(populationID("s", i))
+}
 
 // Login returns the id of the login of the session i.
 func (p Population) Login(i int) sallyport.LoginID { return sallyport.LoginID(populationID("l", i)) }
@@ -174,7 +176,9 @@ func (p Population) at(i int) time.Time {
 var crockford = base32.NewEncoding("0123456789ABCDEFGHJKMNPQRSTVWXYZ").WithPadding(base32.NoPadding)
 
 // populationID is an id as sallyport.NewID makes them.
-func populationID(prefix string, i int) string { return prefix + "-" + crockford.EncodeToString(scramble(prefix, i)[:10]) }
+func populationID(prefix string, i int) string {
+	return prefix + "-" + crockford.EncodeToString(scramble(prefix, i)[:10])
+}
 
 // scramble returns 16 bytes that look random and differ for each i (SplitMix64).
 func scramble(prefix string, i int) []byte {
