@@ -146,6 +146,17 @@ func (s *Server) Close() error {
 	return nil
 }
 
+// readable returns nil while what the store holds may be gone by.
+func (s *Server) readable() error {
+	if err := s.Ready(); err != nil {
+		return err
+	}
+	if !s.current() {
+		return errNotCurrent
+	}
+	return nil
+}
+
 // Ready returns nil while the server takes requests.
 func (s *Server) Ready() error {
 	if e := s.reason.Load(); e != nil {
@@ -162,6 +173,9 @@ const (
 // end lets e be the answer to everything from now on.
 func (s *Server) end(e *sallyport.Error) {
 	s.endOnce.Do(func() {
+		if e.Code != codeClosed {
+			s.log.Error("store failed", "error", e)
+		}
 		s.reason.Store(e)
 		close(s.ended)
 	})
@@ -187,14 +201,13 @@ func (s *Server) check(err error) error {
 	default:
 		return err
 	}
-	s.log.Error("store failed", "error", err)
 	s.end(e)
 	return e
 }
 
 // Get implements sallyport.Records.
 func (s *Server) Get(ctx context.Context, kind sallyport.Kind, id string) (sallyport.Record, error) {
-	if err := s.Ready(); err != nil {
+	if err := s.readable(); err != nil {
 		return sallyport.Record{}, err
 	}
 	row, err := s.store.Get(ctx, kind, id)
@@ -210,7 +223,7 @@ func (s *Server) Get(ctx context.Context, kind sallyport.Kind, id string) (sally
 // List implements sallyport.Lister. Kinds that are never streamed are refused,
 // but for the history of the configuration, which holds no secret.
 func (s *Server) List(ctx context.Context, kind sallyport.Kind) ([]sallyport.Record, error) {
-	if err := s.Ready(); err != nil {
+	if err := s.readable(); err != nil {
 		return nil, err
 	}
 	if !validKind(kind) || !kind.Streamed() && kind != sallyport.KindConfigHistory {

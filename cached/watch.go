@@ -33,16 +33,13 @@ const (
 
 // Watch implements sallyport.Records.
 func (s *Server) Watch(ctx context.Context, q sallyport.WatchRequest, each func(sallyport.WatchEvent) error) error {
-	if err := s.Ready(); err != nil {
+	if err := s.readable(); err != nil {
 		return err
 	}
 	for _, kind := range q.Kinds {
 		if !validKind(kind) || !kind.Streamed() {
 			return refuse("%q is not a kind that can be watched", kind)
 		}
-	}
-	if !s.current() {
-		return errNotCurrent
 	}
 	w := &watch{server: s, kinds: q.Kinds, each: each}
 	if err := w.start(ctx, q); err != nil {
