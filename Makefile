@@ -15,6 +15,7 @@ DURATION ?= 1m
 FUZZTIME ?= 1m
 KILLS    ?= 1000
 ROUNDS   ?= 3
+SESSIONS ?= 1000000
 TOOL     := go tool -modfile=tools/go.mod
 
 # Only what opens SQLite needs a C compiler.
@@ -85,11 +86,16 @@ fuzz: ## each fuzz target for FUZZTIME (1m, 34 minutes in all)
 	  done; done; exit $$bad
 
 .PHONY: bench
-bench: build ## both carriers beside ssh -L in ROUNDS (3) rounds, revocation, all benchmarks, sizes
+bench: build scale ## both carriers beside ssh -L in ROUNDS (3) rounds, revocation, all benchmarks, sizes
 	cd integration && SALLYPORT_BIN=$(CURDIR)/bin go test -run '^$$' -bench Peers -benchtime 1x -timeout 30m ./peers -args -rounds=$(ROUNDS) -json=$(CURDIR)/bin/bench.jsonl
 	cd integration && SALLYPORT_BIN=$(CURDIR)/bin go test -run '^$$' -bench . -benchtime 1x -timeout 30m .
 	go test -run '^$$' -bench . -benchmem -benchtime 0.3s ./... | grep -E 'Benchmark|^pkg|FAIL|fatal|panic|_test.go'
 	@cd bin && echo && stat -c '%s %n' $(PURE) $(CGO) | awk 'BEGIN {print "| program | MB |\n|---|---:|"} {printf "| %s | %.1f |\n", $$2, $$1/1e6}'
+
+# Store: an engine by itself. Scale: cached and policyd over loopback. The rest: policyd.
+.PHONY: scale
+scale: ## the benchmarks of SESSIONS (1,000,000) sessions, on every engine
+	go test -p 1 -timeout 60m -run '^$$' -bench 'Store|Scale|Memory|Difference' ./cached/sqlite ./cached/postgres ./cmd/internal/store ./policyd -args -sessions=$(SESSIONS) | grep -E 'Benchmark|^pkg|FAIL|fatal|panic|_test.go|bench.go'
 
 .PHONY: crash
 crash: build ## kill -9 the engine and cached under load KILLS (1000) times each, with a ledger kept outside

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"sallyport"
 )
 
@@ -19,8 +21,10 @@ const (
 	itemsBytes = 1 << 20
 
 	// snapshotTime bounds how long a snapshot may hold the store's history back
-	// (in SQLite the write-ahead log grows meanwhile).
-	snapshotTime = time.Minute
+	// (in SQLite the write-ahead log grows meanwhile). A million sessions take ten
+	// seconds where nothing else runs; whoever needs longer than this would start
+	// over for ever.
+	snapshotTime = 5 * time.Minute
 
 	// A watch that fell further behind than this starts again with a snapshot.
 	catchUpMax   = 4_096
@@ -86,27 +90,45 @@ func (w *watch) start(ctx context.Context, q sallyport.WatchRequest) error {
 var errSlow = &sallyport.Error{
 	Outcome: sallyport.OutcomeUnavailable,
 	Code:    "watch.too_slow",
-	Message: "the snapshot was not taken within a minute",
+	Message: "the snapshot was not taken within five minutes",
 }
 
-// snapshot sends Begin, the live records in parts, and End.
+// snapshot sends Begin, the live records in parts, and End. The store is read on
+// while earlier parts are checked and sent: either takes about as long.
 func (w *watch) snapshot(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, snapshotTime, errSlow)
 	defer cancel()
-	var (
-		now   = w.server.clock.now()
-		part  []sallyport.Record
-		bytes int
-		count int
-	)
-	flush := func() error {
-		if len(part) == 0 {
-			return nil
+	parts := make(chan []Row, 2)
+	g, reading := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		defer close(parts)
+		return w.scan(reading, parts)
+	})
+	count := 0
+	g.Go(func() (err error) {
+		count, err = w.sendParts(parts)
+		return err
+	})
+	if err := g.Wait(); err != nil {
+		if errors.Is(context.Cause(ctx), errSlow) {
+			return errSlow
 		}
-		records := part
-		count += len(part)
-		part, bytes = nil, 0
-		return w.send(sallyport.WatchItems, records, 0)
+		return w.server.check(err)
+	}
+	return w.send(sallyport.WatchEnd, nil, count)
+}
+
+// scan reads the rows that the receiver wants into parts.
+func (w *watch) scan(ctx context.Context, parts chan<- []Row) error {
+	part, bytes := make([]Row, 0, itemsMax), 0
+	flush := func() error {
+		select {
+		case parts <- part:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		part, bytes = make([]Row, 0, itemsMax), 0
+		return nil
 	}
 	err := w.server.store.Scan(ctx, Query{Kinds: w.kinds},
 		func(head Head) error {
@@ -117,25 +139,41 @@ func (w *watch) snapshot(ctx context.Context) error {
 			return w.send(sallyport.WatchBegin, nil, 0)
 		},
 		func(row Row) error {
-			if !w.wants(row.Kind) || !w.server.live(&row, now) {
+			if !w.wants(row.Kind) {
 				return nil
 			}
-			part = append(part, row.Record)
+			part = append(part, row)
 			if bytes += len(row.Payload); len(part) < itemsMax && bytes < itemsBytes {
 				return nil
 			}
 			return flush()
 		})
-	if err == nil {
-		err = flush()
-	}
 	if err != nil {
-		if errors.Is(context.Cause(ctx), errSlow) {
-			return errSlow
-		}
-		return w.server.check(err)
+		return err
 	}
-	return w.send(sallyport.WatchEnd, nil, count)
+	return flush()
+}
+
+// sendParts sends those rows that count, and returns how many they were. Begin has
+// been sent by the time the first part is there.
+func (w *watch) sendParts(parts <-chan []Row) (count int, err error) {
+	now := w.server.clock.now()
+	for part := range parts {
+		records := make([]sallyport.Record, 0, len(part))
+		for i := range part {
+			if w.server.live(&part[i], now) {
+				records = append(records, part[i].Record)
+			}
+		}
+		if len(records) == 0 {
+			continue
+		}
+		if err := w.send(sallyport.WatchItems, records, 0); err != nil {
+			return 0, err
+		}
+		count += len(records)
+	}
+	return count, nil
 }
 
 // follow sends changes and heartbeats until something ends the watch.

@@ -83,7 +83,7 @@ func (s *Server) List(_ context.Context, q sallyport.ListRequest) (sallyport.Lis
 type asker struct {
 	view
 	in     policy.Input
-	person policy.Person
+	person person
 	answer policy.Answer
 	budget policy.Budget // of the batch, for what would help
 }
@@ -92,7 +92,7 @@ type asker struct {
 func (a *asker) ask(q *sallyport.Request) {
 	a.in = policy.Input{Now: a.now, Request: q, Records: a, Budget: &a.budget}
 	if a.in.Absent = a.snapshot.person(q.Session, a.revoked, a.now, &a.person); a.in.Absent == "" {
-		a.in.Person = &a.person
+		a.in.Person = &a.person.Person
 	}
 }
 
@@ -102,8 +102,8 @@ func (a *asker) External(typ, id string) (map[string]any, bool) {
 	if !ok {
 		return nil, false
 	}
-	if !r.expires.IsZero() {
-		a.in.Lasts(r.expires.Sub(a.now))
+	if r.expires != 0 {
+		a.in.Lasts(r.expires.until(a.now))
 	}
 	return r.value.Fields, true
 }
@@ -115,7 +115,7 @@ func (a *asker) list(q sallyport.ListRequest) (sallyport.Listing, error) {
 			Outcome: sallyport.OutcomeLogin, Code: "session.revoked", Message: a.in.Absent, Hint: "run: agent login",
 		}
 	}
-	out := sallyport.Listing{Me: a.identity(&a.person), PolicyRevision: a.rules.revision, Targets: []sallyport.ListedTarget{}}
+	out := sallyport.Listing{Me: a.identity(&a.person.Person), PolicyRevision: a.rules.revision, Targets: []sallyport.ListedTarget{}}
 	if p := a.person.Posture; p != nil {
 		out.Facts, out.FactAges = p.Facts, make(map[string]int64, len(p.Facts))
 		for name, f := range p.Facts {
@@ -161,7 +161,7 @@ func (a *asker) decide(q *sallyport.Request) sallyport.Decision {
 	}
 	d.Observed = set.Observed(&a.in, a.answer)
 	if a.in.Person != nil {
-		d.Who = a.identity(&a.person)
+		d.Who = a.identity(&a.person.Person)
 	}
 	return d
 }

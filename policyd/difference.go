@@ -13,44 +13,52 @@ func difference(old, next *snapshot, now time.Time) []sallyport.SubjectChange {
 	if old == nil {
 		return nil // watchers start over with the first epoch they see
 	}
-	var out []sallyport.SubjectChange
+	c := comparison{revision: next.revision, continued: old.epoch == next.epoch}
 	policy := sallyport.Subject{Kind: sallyport.SubjectPolicy}
 	switch {
-	case old.epoch != next.epoch:
-		out = append(out, sallyport.SubjectChange{Subject: policy, Revision: next.revision, Why: "the records were replaced"})
+	case !c.continued:
+		c.changes = append(c.changes, sallyport.SubjectChange{Subject: policy, Revision: next.revision, Why: "the records were replaced"})
 	case old.rules == nil && next.rules != nil,
 		old.rules != nil && next.rules != nil && old.rules.revision != next.rules.revision:
-		out = append(out, sallyport.SubjectChange{Subject: policy, Revision: next.rules.revision, Why: "policy changed"})
+		c.changes = append(c.changes, sallyport.SubjectChange{Subject: policy, Revision: next.rules.revision, Why: "policy changed"})
 	}
 	d := snapshotDraft{now: now}
-	out = compareTables(out, sallyport.KindLogin, old.logins, next.logins, d.loginWords, next.revision)
-	out = compareTables(out, sallyport.KindSession, old.sessions, next.sessions, d.sessionWords, next.revision)
-	out = compareTables(out, sallyport.KindUser, old.users, next.users, userWords, next.revision)
-	out = compareTables(out, sallyport.KindDirectoryUser, old.directory, next.directory, directoryWords, next.revision)
-	out = compareTables(out, sallyport.KindDevice, old.devices, next.devices, deviceWords, next.revision)
-	out = compareTables(out, sallyport.KindPosture, old.postures, next.postures, postureWords, next.revision)
-	return compareTables(out, sallyport.KindRecord, old.externals, next.externals, externalWords, next.revision)
+	compareTables(&c, sallyport.KindLogin, old.logins, next.logins, d.loginWords)
+	compareTables(&c, sallyport.KindSession, old.sessions, next.sessions, d.sessionWords)
+	compareTables(&c, sallyport.KindUser, old.users, next.users, userWords)
+	compareTables(&c, sallyport.KindDirectoryUser, old.directory, next.directory, directoryWords)
+	compareTables(&c, sallyport.KindDevice, old.devices, next.devices, deviceWords)
+	compareTables(&c, sallyport.KindPosture, old.postures, next.postures, postureWords)
+	compareTables(&c, sallyport.KindRecord, old.externals, next.externals, externalWords)
+	return c.changes
 }
 
-func compareTables[T any](out []sallyport.SubjectChange, kind sallyport.Kind, old, next table[*held[T]],
-	words func(old, new *held[T]) string, rev sallyport.Revision,
-) []sallyport.SubjectChange {
-	add := func(id, why string, rev sallyport.Revision) {
-		if subject, ok := sallyport.SubjectOf(kind, id); ok && why != "" {
-			out = append(out, sallyport.SubjectChange{Subject: subject, Revision: rev, Why: why})
+// comparison collects what differs between two snapshots.
+type comparison struct {
+	revision  sallyport.Revision // of the later one
+	continued bool               // both are of one epoch: a record of the same revision is the same
+	changes   []sallyport.SubjectChange
+}
+
+func (c *comparison) add(kind sallyport.Kind, id, why string, rev sallyport.Revision) {
+	if subject, ok := sallyport.SubjectOf(kind, id); ok && why != "" {
+		c.changes = append(c.changes, sallyport.SubjectChange{Subject: subject, Revision: rev, Why: why})
+	}
+}
+
+func compareTables[T any](c *comparison, kind sallyport.Kind, old, next table[*held[T]], words func(old, new *held[T]) string) {
+	for was := range old.all() {
+		is, ok := next.get(was.id)
+		switch {
+		case !ok:
+			c.add(kind, was.id, words(was, nil), c.revision)
+		case !c.continued || is.revision != was.revision:
+			c.add(kind, is.id, words(was, is), is.revision)
 		}
 	}
-	for id, was := range old.all() {
-		if is, ok := next.get(id); !ok {
-			add(id, words(was, nil), rev)
-		} else {
-			add(id, words(was, is), is.revision)
+	for is := range next.all() {
+		if _, ok := old.get(is.id); !ok {
+			c.add(kind, is.id, words(nil, is), is.revision)
 		}
 	}
-	for id, is := range next.all() {
-		if _, ok := old.get(id); !ok {
-			add(id, words(nil, is), is.revision)
-		}
-	}
-	return out
 }

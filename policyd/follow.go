@@ -89,9 +89,9 @@ func (f *follower) event(ctx context.Context, e sallyport.WatchEvent) error {
 func (f *follower) begin(e sallyport.WatchEvent) {
 	empty := snapshot{epoch: e.Epoch, revision: e.Revision}
 	f.draft, f.count = empty.edit(f.cfg, time.Now()), 0
-	f.draft.known = f.known
+	f.draft.known, f.draft.silent = f.known, true
 	if old := f.snap.Load(); old != nil {
-		f.draft.rules, f.draft.trust = old.rules, old.trust
+		f.draft.rules, f.draft.trust, f.draft.common = old.rules, old.trust, old.common
 	}
 }
 
@@ -100,9 +100,7 @@ func (f *follower) items(e sallyport.WatchEvent) error {
 		return errors.New("records outside of a snapshot")
 	}
 	f.count += len(e.Records)
-	for _, r := range e.Records {
-		f.draft.apply(r)
-	}
+	f.draft.applyAll(e.Records)
 	return nil
 }
 

@@ -78,6 +78,13 @@ func (o *overrides) end(p *policy.Person) string {
 	return ""
 }
 
+// mayEnd reports whether end has anything to say about the session: a quick look
+// for who goes through all of them.
+func (o *overrides) mayEnd(s *held[session]) bool {
+	return o.has(sallyport.SubjectSession, s.id) || o.has(sallyport.SubjectLogin, string(s.value.login)) ||
+		o.has(sallyport.SubjectUser, string(s.value.user.Value())) || o.has(sallyport.SubjectDevice, string(s.value.device.Value()))
+}
+
 // pending reports whether something has not been written to cached yet.
 func (o *overrides) pending() bool {
 	return slices.ContainsFunc(o.all, func(o *override) bool { return !o.isWritten() })
@@ -107,10 +114,10 @@ func (s *Server) Revoke(ctx context.Context, r sallyport.Revocation) (sallyport.
 	}
 	before := s.revoked.Load()
 	added := s.override(r.Subjects)
-	out := sallyport.Revoked{Sessions: s.countEnded(before, newOverrides(added))}
 	s.tellRevoked(r)
-	s.auditRevocation(ctx, r)
 	s.replay.wake()
+	s.auditRevocation(ctx, r)
+	out := sallyport.Revoked{Sessions: s.countEnded(before, newOverrides(added))} // nobody waits for it but the caller
 	if !s.replay.connected.Load() {
 		return out, nil
 	}
@@ -157,9 +164,9 @@ func (s *Server) countEnded(before, added *overrides) int {
 		return 0
 	}
 	n, now := 0, time.Now()
-	var p policy.Person
-	for id := range snap.sessions.all() {
-		if snap.person(sallyport.SessionID(id), before, now, &p) == "" && added.end(&p) != "" {
+	var p person
+	for session := range snap.sessions.all() {
+		if added.mayEnd(session) && snap.person(sallyport.SessionID(session.id), before, now, &p) == "" && added.end(&p.Person) != "" {
 			n++
 		}
 	}
@@ -287,32 +294,32 @@ func (s *snapshot) withdraw(o *overrides) []sallyport.Op {
 			ops = append(ops, sallyport.Op{Kind: sallyport.KindSession, ID: subject.ID, Delete: true})
 		}
 	}
-	for id, l := range s.logins.all() {
-		if o.has(sallyport.SubjectUser, string(l.value.User)) {
-			logins[sallyport.LoginID(id)] = struct{}{}
+	for l := range s.logins.all() {
+		if o.has(sallyport.SubjectUser, string(l.value.user.Value())) {
+			logins[sallyport.LoginID(l.id)] = struct{}{}
 		}
 	}
-	for _, ses := range s.sessions.all() {
-		if ses.value.Device != "" && o.has(sallyport.SubjectDevice, string(ses.value.Device)) {
-			logins[ses.value.Login] = struct{}{}
+	for ses := range s.sessions.all() {
+		if device := ses.value.device.Value(); device != "" && o.has(sallyport.SubjectDevice, string(device)) {
+			logins[ses.value.login] = struct{}{}
 		}
 	}
-	for id, ses := range s.sessions.all() {
-		_, ended := logins[ses.value.Login]
-		if ended || o.has(sallyport.SubjectSession, id) || o.has(sallyport.SubjectUser, string(ses.value.User)) {
-			ops = append(ops, sallyport.Op{Kind: sallyport.KindSession, ID: id, Delete: true})
+	for ses := range s.sessions.all() {
+		_, ended := logins[ses.value.login]
+		if ended || o.has(sallyport.SubjectSession, ses.id) || o.has(sallyport.SubjectUser, string(ses.value.user.Value())) {
+			ops = append(ops, sallyport.Op{Kind: sallyport.KindSession, ID: ses.id, Delete: true})
 		}
 	}
 	delete(logins, "") // of a session that names none
 	for id := range logins {
 		ops = append(ops, sallyport.Op{Kind: sallyport.KindLogin, ID: string(id), Delete: true})
 	}
-	for id, d := range s.devices.all() {
-		if o.has(sallyport.SubjectDevice, id) && !d.value.Revoked {
+	for d := range s.devices.all() {
+		if o.has(sallyport.SubjectDevice, d.id) && !d.value.Revoked {
 			device := d.value
 			device.Revoked = true
-			op := sallyport.Put(sallyport.KindDevice, id, device)
-			op.Expires, op.If = d.expires, sallyport.Condition{Revision: d.revision}
+			op := sallyport.Put(sallyport.KindDevice, d.id, device)
+			op.Expires, op.If = d.expires.time(), sallyport.Condition{Revision: d.revision}
 			ops = append(ops, op)
 		}
 	}

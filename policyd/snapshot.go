@@ -3,8 +3,10 @@ package policyd
 import (
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"sallyport"
@@ -20,15 +22,20 @@ var kinds = []sallyport.Kind{
 
 // held is a record's payload as the snapshot keeps it. It never changes.
 type held[T any] struct {
+	id       string
 	value    T
 	revision sallyport.Revision
-	expires  time.Time // of the record; zero: never
+	expires  instant // of the record; 0: never
 }
 
-// expired reports whether the record reads as missing at now.
-func (h *held[T]) expired(now time.Time) bool {
-	return !h.expires.IsZero() && !now.Before(h.expires)
+func hold[T any](r *sallyport.Record, value T) *held[T] {
+	return &held[T]{r.ID, value, r.Revision, instantOf(r.Expires)}
 }
+
+func (h *held[T]) key() string { return h.id }
+
+// expired reports whether the record reads as missing at now.
+func (h *held[T]) expired(now time.Time) bool { return h.expires.passed(now) }
 
 // directory is a DirectoryUser with its groups made ready for questions.
 type directory struct {
@@ -52,10 +59,11 @@ type rules struct {
 type snapshot struct {
 	epoch    sallyport.Epoch
 	revision sallyport.Revision
+	common   *common
 
-	logins    table[*held[sallyport.Login]]
-	sessions  table[*held[sallyport.Session]]
-	users     table[*held[sallyport.User]]
+	logins    table[*held[login]]
+	sessions  table[*held[session]]
+	users     table[*held[user]]
 	directory table[*held[directory]]
 	devices   table[*held[sallyport.Device]]
 	postures  table[*held[sallyport.Posture]]
@@ -71,9 +79,9 @@ type snapshotDraft struct {
 	cfg Config
 	snapshot
 
-	logins    draft[*held[sallyport.Login]]
-	sessions  draft[*held[sallyport.Session]]
-	users     draft[*held[sallyport.User]]
+	logins    draft[*held[login]]
+	sessions  draft[*held[session]]
+	users     draft[*held[user]]
 	directory draft[*held[directory]]
 	devices   draft[*held[sallyport.Device]]
 	postures  draft[*held[sallyport.Posture]]
@@ -81,16 +89,21 @@ type snapshotDraft struct {
 
 	known   func(text string) *policy.Policy // Deps.Known
 	now     time.Time
+	silent  bool // nobody asks for changes: the whole is compared with what was before
 	changes []sallyport.SubjectChange
 	faults  []error // records that could not be read
 }
 
 func (s *snapshot) edit(cfg Config, now time.Time) *snapshotDraft {
-	return &snapshotDraft{
+	d := &snapshotDraft{
 		cfg: cfg, snapshot: *s, now: now,
 		logins: s.logins.edit(), sessions: s.sessions.edit(), users: s.users.edit(),
 		directory: s.directory.edit(), devices: s.devices.edit(), postures: s.postures.edit(), externals: s.externals.edit(),
 	}
+	if d.common == nil {
+		d.common = new(common)
+	}
+	return d
 }
 
 func (d *snapshotDraft) finish() *snapshot {
@@ -103,62 +116,133 @@ func (d *snapshotDraft) finish() *snapshot {
 
 // apply takes one record in and notes what changed, in words.
 func (d *snapshotDraft) apply(r sallyport.Record) {
-	var why string
+	value, err := d.decode(&r)
+	d.put(&r, value, err)
+}
+
+// applyAll is apply for many records; they are decoded side by side, which takes
+// longer than to put them where they belong.
+func (d *snapshotDraft) applyAll(records []sallyport.Record) {
+	type decoded struct {
+		value any
+		err   error
+	}
+	all := make([]decoded, len(records))
+	var workers sync.WaitGroup
+	share := (len(records) + runtime.GOMAXPROCS(0) - 1) / runtime.GOMAXPROCS(0)
+	for first := 0; first < len(records); first += share {
+		workers.Go(func() {
+			for i := first; i < min(first+share, len(records)); i++ {
+				all[i].value, all[i].err = d.decode(&records[i])
+			}
+		})
+	}
+	workers.Wait()
+	for i := range records {
+		d.put(&records[i], all[i].value, all[i].err)
+	}
+}
+
+// decode reads a record's payload as its table keeps it: a *held of the table's
+// type; nil for one that was deleted or that no table keeps. Several may be decoded
+// at once.
+func (d *snapshotDraft) decode(r *sallyport.Record) (any, error) {
+	if r.Deleted {
+		return nil, nil
+	}
 	switch r.Kind {
 	case sallyport.KindLogin:
-		why = take(d, &d.logins, r, sallyport.Decode[sallyport.Login], d.loginWords)
+		return d.common.login(r)
 	case sallyport.KindSession:
-		why = take(d, &d.sessions, r, sallyport.Decode[sallyport.Session], d.sessionWords)
+		return d.common.session(r)
 	case sallyport.KindUser:
-		why = take(d, &d.users, r, sallyport.Decode[sallyport.User], userWords)
+		return d.common.user(r)
 	case sallyport.KindDirectoryUser:
-		why = take(d, &d.directory, r, decodeDirectory, directoryWords)
+		return decodeDirectory(r)
 	case sallyport.KindDevice:
-		why = take(d, &d.devices, r, sallyport.Decode[sallyport.Device], deviceWords)
+		return whole[sallyport.Device](r)
 	case sallyport.KindPosture:
-		why = take(d, &d.postures, r, sallyport.Decode[sallyport.Posture], postureWords)
+		return whole[sallyport.Posture](r)
 	case sallyport.KindRecord:
-		why = take(d, &d.externals, r, sallyport.Decode[sallyport.External], externalWords)
-	case sallyport.KindConfig:
-		why = d.applyConfig(r)
-	case sallyport.KindTrust:
-		d.applyTrust(r)
+		return whole[sallyport.External](r)
 	}
-	subject, ok := sallyport.SubjectOf(r.Kind, r.ID)
-	if why != "" && ok {
-		d.changes = append(d.changes, sallyport.SubjectChange{Subject: subject, Revision: r.Revision, Why: why})
-	}
+	return nil, nil
 }
 
-// take puts a record into its table and returns what words says of the change;
-// empty: nothing that a decision could depend on. A payload that cannot be read
-// counts as deleted.
-func take[T any](d *snapshotDraft, t *draft[*held[T]], r sallyport.Record,
-	decode func(sallyport.Record) (T, error), words func(old, new *held[T]) string,
-) string {
-	old, _ := t.get(r.ID)
-	if r.Deleted {
-		t.delete(r.ID)
-		return words(old, nil)
-	}
-	v, err := decode(r)
+// put is apply for a record that is decoded.
+func (d *snapshotDraft) put(r *sallyport.Record, value any, err error) {
 	if err != nil {
 		d.faults = append(d.faults, err)
-		t.delete(r.ID)
-		return words(old, nil)
+		value = nil
 	}
-	h := &held[T]{v, r.Revision, r.Expires}
-	t.set(r.ID, h)
-	return words(old, h)
+	if why := d.place(r, value); why != "" {
+		if subject, ok := sallyport.SubjectOf(r.Kind, r.ID); ok {
+			d.changes = append(d.changes, sallyport.SubjectChange{Subject: subject, Revision: r.Revision, Why: why})
+		}
+	}
 }
 
-func decodeDirectory(r sallyport.Record) (directory, error) {
-	u, err := sallyport.Decode[sallyport.DirectoryUser](r)
+// place puts a decoded record where it belongs and says what that changes.
+func (d *snapshotDraft) place(r *sallyport.Record, value any) (why string) {
+	switch r.Kind {
+	case sallyport.KindLogin:
+		return take(&d.logins, r.ID, value, d.silent, d.loginWords)
+	case sallyport.KindSession:
+		return take(&d.sessions, r.ID, value, d.silent, d.sessionWords)
+	case sallyport.KindUser:
+		return take(&d.users, r.ID, value, d.silent, userWords)
+	case sallyport.KindDirectoryUser:
+		return take(&d.directory, r.ID, value, d.silent, directoryWords)
+	case sallyport.KindDevice:
+		return take(&d.devices, r.ID, value, d.silent, deviceWords)
+	case sallyport.KindPosture:
+		return take(&d.postures, r.ID, value, d.silent, postureWords)
+	case sallyport.KindRecord:
+		return take(&d.externals, r.ID, value, d.silent, externalWords)
+	case sallyport.KindConfig:
+		return d.applyConfig(*r)
+	case sallyport.KindTrust:
+		d.applyTrust(*r)
+	}
+	return ""
+}
+
+// take puts a *held[T] into its table, nil taking out what stands there, and returns
+// what words says of the change; empty: nothing that a decision could depend on. So
+// a payload that cannot be read counts as deleted.
+func take[T any](t *draft[*held[T]], id string, value any, silent bool, words func(old, new *held[T]) string) (why string) {
+	h, _ := value.(*held[T])
+	if !silent {
+		old, _ := t.get(id)
+		why = words(old, h)
+	}
+	if h == nil {
+		t.delete(id)
+	} else {
+		t.set(h)
+	}
+	return why
+}
+
+// whole decodes a record whose table keeps everything of it.
+func whole[T any](r *sallyport.Record) (*held[T], error) {
+	v, err := sallyport.Decode[T](*r)
+	if err != nil {
+		return nil, err
+	}
+	return hold(r, v), nil
+}
+
+func decodeDirectory(r *sallyport.Record) (*held[directory], error) {
+	u, err := sallyport.Decode[sallyport.DirectoryUser](*r)
+	if err != nil {
+		return nil, err
+	}
 	d := directory{DirectoryUser: u, set: policy.NewGroups(u.Groups)}
 	for _, g := range u.Groups {
 		d.names = append(d.names, groupName(g))
 	}
-	return d, err
+	return hold(r, d), nil
 }
 
 func groupName(g sallyport.Group) string {
@@ -267,38 +351,49 @@ func (d *snapshotDraft) applyTrust(r sallyport.Record) {
 	d.trust = &t
 }
 
+// person is who asks, with the memory for what a snapshot keeps in another form. It
+// may be used again for the next question.
+type person struct {
+	policy.Person
+	session sallyport.Session
+	login   sallyport.Login
+}
+
 // person fills p with the live session id and what stands behind it. Otherwise
 // absent says, for people, why there is none. Whatever is missing, expired,
 // disabled, names somebody else or itself otherwise, ends the session.
-func (s *snapshot) person(id sallyport.SessionID, revoked *overrides, now time.Time, p *policy.Person) (absent string) {
+func (s *snapshot) person(id sallyport.SessionID, revoked *overrides, now time.Time, p *person) (absent string) {
 	session, ok := s.sessions.get(string(id))
 	switch {
 	case id == "":
 		return "no session"
-	case !ok, session.value.ID != id:
+	case !ok:
 		return "session revoked"
-	case session.expired(now), !now.Before(session.value.Expires):
+	case session.expired(now), !now.Before(session.value.expires.time()):
 		return "session expired"
 	}
-	login, ok := s.logins.get(string(session.value.Login))
+	login, ok := s.logins.get(string(session.value.login))
 	switch {
-	case !ok, login.value.ID != session.value.Login, login.value.User != session.value.User:
+	case !ok, login.value.user != session.value.user:
 		return "login revoked"
-	case login.expired(now), !now.Before(login.value.Expires):
+	case login.expired(now), !now.Before(login.value.expires.time()):
 		return "login expired"
 	}
-	user, ok := s.users.get(string(session.value.User))
+	userID := session.value.user.Value()
+	user, ok := s.users.get(string(userID))
 	switch {
-	case !ok, user.expired(now), user.value.ID != session.value.User:
+	case !ok, user.expired(now), user.value.ID != userID:
 		return "user removed"
 	case user.value.Disabled:
 		return "user disabled"
 	}
-	*p = policy.Person{Session: &session.value, Login: &login.value, User: &user.value, Email: user.value.Email}
-	if absent := s.device(p, now); absent != "" {
+	session.value.write(&p.session, session.id)
+	login.value.write(&p.login, login.id)
+	p.Person = policy.Person{Session: &p.session, Login: &p.login, User: &user.value.User, Email: user.value.Email}
+	if absent := s.device(&p.Person, now); absent != "" {
 		return absent
 	}
-	if why := revoked.end(p); why != "" {
+	if why := revoked.end(&p.Person); why != "" {
 		return why
 	}
 	if dir, ok := s.directory.get(string(user.value.ID)); ok && !dir.expired(now) {
@@ -307,7 +402,7 @@ func (s *snapshot) person(id sallyport.SessionID, revoked *overrides, now time.T
 			p.Email = dir.value.Email
 		}
 	}
-	p.ExpiresIn = earliest(session.value.Expires, login.value.Expires, session.expires, login.expires).Sub(now)
+	p.ExpiresIn = earliest(session.value.expires, login.value.expires, session.expires, login.expires).until(now)
 	return ""
 }
 
@@ -338,17 +433,6 @@ func (s *snapshot) external(typ, id string, now time.Time) (*held[sallyport.Exte
 		return nil, false
 	}
 	return r, true
-}
-
-// earliest returns the earliest time that is not zero.
-func earliest(ts ...time.Time) time.Time {
-	var out time.Time
-	for _, t := range ts {
-		if !t.IsZero() && (out.IsZero() || t.Before(out)) {
-			out = t
-		}
-	}
-	return out
 }
 
 // identity is p as people may see it.

@@ -16,9 +16,9 @@ import (
 // A table behaves as a map, and no edit ever shows in the table it came from.
 func TestTableIsAnImmutableMap(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		var tables []table[int]
+		var tables []table[numbered]
 		var models []map[string]int
-		now, model := table[int]{}, map[string]int{}
+		now, model := table[numbered]{}, map[string]int{}
 		for range rapid.IntRange(1, 8).Draw(t, "edits") {
 			d := now.edit()
 			model = maps.Clone(model)
@@ -29,7 +29,7 @@ func TestTableIsAnImmutableMap(t *testing.T) {
 					delete(model, key)
 				} else {
 					v := rapid.Int().Draw(t, "v")
-					d.set(key, v)
+					d.set(numbered{key, v})
 					model[key] = v
 				}
 			}
@@ -38,21 +38,83 @@ func TestTableIsAnImmutableMap(t *testing.T) {
 		}
 		for i := range tables {
 			got := map[string]int{}
-			for k, v := range tables[i].all() {
-				got[k] = v
+			for v := range tables[i].all() {
+				got[v.id] = v.n
 			}
 			if !maps.Equal(got, models[i]) {
 				t.Fatalf("after edit %d: got %v; want %v", i, got, models[i])
 			}
 			for _, key := range []string{"a", "b", "c", "d", "e"} {
 				v, ok := tables[i].get(key)
-				if w, has := models[i][key]; v != w || ok != has {
-					t.Fatalf("after edit %d: %s is %d, %v", i, key, v, ok)
+				if w, has := models[i][key]; v.n != w || ok != has {
+					t.Fatalf("after edit %d: %s is %d, %v", i, key, v.n, ok)
 				}
 			}
 		}
 	})
 }
+
+// A table of many nodes behaves as one of few, and an edit of it is undone by its
+// opposite.
+func TestTableOfManyRecords(t *testing.T) {
+	const n = 20_000
+	id := func(i int) string { return fmt.Sprint("id", i) }
+	d := table[numbered]{}.edit()
+	for i := range n {
+		d.set(numbered{id(i), i})
+	}
+	full := d.table
+	d = full.edit()
+	for i := 0; i < n; i += 2 {
+		d.delete(id(i))
+	}
+	d.delete("nobody")
+	half := d.table
+	d = half.edit()
+	for i := 1; i < n; i += 2 {
+		d.delete(id(i))
+	}
+	none := d.table
+	for i := range n {
+		if v, ok := full.get(id(i)); !ok || v.n != i {
+			t.Fatalf("%s: got %v, %t before the edits", id(i), v, ok)
+		}
+		if _, ok := half.get(id(i)); ok != (i%2 == 1) {
+			t.Fatalf("%s: %t after every other one was deleted", id(i), ok)
+		}
+	}
+	for v := range none.all() {
+		t.Errorf("%s is left", v.id)
+	}
+	if len(none.root.below) != 0 {
+		t.Errorf("an empty table has %d nodes", len(none.root.below))
+	}
+}
+
+// Two ids part sooner or later, however many of their bits are the same.
+func TestPathsPart(t *testing.T) {
+	a, b, again := pathOf("a"), pathOf("b"), pathOf("a")
+	same := 0
+	for depth := range 100 * levels {
+		place := a.step()
+		if place != again.step() {
+			t.Fatalf("an id has two places at depth %d", depth)
+		}
+		if place == b.step() {
+			same++
+		}
+	}
+	if same > 100*levels/4 {
+		t.Errorf("two ids have the same place at %d of %d depths", same, 100*levels)
+	}
+}
+
+type numbered struct {
+	id string
+	n  int
+}
+
+func (v numbered) key() string { return v.id }
 
 func TestConfigValidate(t *testing.T) {
 	if faults := (Config{}).Validate(); faults != nil {
@@ -81,39 +143,6 @@ func TestClipKeepsCharactersWhole(t *testing.T) {
 		if got := clip(tt.in, 10); got != tt.want {
 			t.Errorf("%q: got %q; want %q", tt.in, got, tt.want)
 		}
-	}
-}
-
-// big is a snapshot of n sessions, each with its login.
-func big(n int) *snapshot {
-	d := (&snapshot{epoch: "e", revision: 1}).edit(Config{}, time.Now())
-	now := time.Now()
-	for i := range n {
-		for _, op := range []sallyport.Op{
-			sallyport.Put(sallyport.KindLogin, fmt.Sprint("l", i), sallyport.Login{ID: sallyport.LoginID(fmt.Sprint("l", i)), User: "u1", Expires: now.Add(time.Hour)}),
-			sallyport.Put(sallyport.KindSession, fmt.Sprint("s", i), sallyport.Session{
-				ID: sallyport.SessionID(fmt.Sprint("s", i)), Login: sallyport.LoginID(fmt.Sprint("l", i)), User: "u1", Expires: now.Add(time.Hour),
-			}),
-		} {
-			d.apply(sallyport.Record{Kind: op.Kind, ID: op.ID, Payload: op.Payload, Revision: 1})
-		}
-	}
-	return d.finish()
-}
-
-// One change must not copy all records.
-func BenchmarkChange(b *testing.B) {
-	for _, n := range []int{1_000, 100_000} {
-		b.Run(fmt.Sprintf("sessions=%d", n), func(b *testing.B) {
-			s := big(n)
-			r := sallyport.Record{Kind: sallyport.KindSession, ID: "s7", Deleted: true, Revision: 2}
-			b.ReportAllocs()
-			for b.Loop() {
-				d := s.edit(Config{}, time.Now())
-				d.apply(r)
-				d.finish()
-			}
-		})
 	}
 }
 

@@ -16,52 +16,51 @@ import (
 // (nil: there is none) and returns "" if no decision can depend on the
 // difference.
 
-func (d *snapshotDraft) sessionWords(old, new *held[sallyport.Session]) string {
+func (d *snapshotDraft) sessionWords(old, new *held[session]) string {
 	switch {
 	case new == nil && old == nil:
 		return ""
 	case new == nil:
-		return ended("session", d.now, old.expires, old.value.Expires)
+		return ended("session", d.now, old.expires, old.value.expires)
 	case old == nil:
 		return "session created"
 	}
-	return lived("session", old.value, new.value, old.value.Expires, new.value.Expires, old.expires, new.expires)
+	return lived("session", old.value != new.value, earliest(old.value.expires, old.expires), earliest(new.value.expires, new.expires))
 }
 
-func (d *snapshotDraft) loginWords(old, new *held[sallyport.Login]) string {
+func (d *snapshotDraft) loginWords(old, new *held[login]) string {
 	switch {
 	case new == nil && old == nil:
 		return ""
 	case new == nil:
-		return ended("login", d.now, old.expires, old.value.Expires)
+		return ended("login", d.now, old.expires, old.value.expires)
 	case old == nil:
 		return "login created"
 	}
-	return lived("login", old.value, new.value, old.value.Expires, new.value.Expires, old.expires, new.expires)
+	return lived("login", old.value != new.value, earliest(old.value.expires, old.expires), earliest(new.value.expires, new.expires))
 }
 
 // ended tells a record that ran out from one that was taken away.
-func ended(what string, now time.Time, ends ...time.Time) string {
-	if end := earliest(ends...); !end.IsZero() && !now.Before(end) {
+func ended(what string, now time.Time, ends ...instant) string {
+	if earliest(ends...).passed(now) {
 		return what + " expired"
 	}
 	return what + " revoked"
 }
 
-func lived(what string, old, new any, oldEnd, newEnd, oldExpires, newExpires time.Time) string {
-	was, is := earliest(oldEnd, oldExpires), earliest(newEnd, newExpires)
+func lived(what string, changed bool, was, is instant) string {
 	switch {
-	case is.After(was):
+	case is > was:
 		return what + " extended"
-	case is.Before(was):
+	case is < was:
 		return what + " shortened"
-	case !reflect.DeepEqual(old, new):
+	case changed:
 		return what + " changed"
 	}
 	return ""
 }
 
-func userWords(old, new *held[sallyport.User]) string {
+func userWords(old, new *held[user]) string {
 	switch {
 	case new == nil && old == nil:
 		return ""
@@ -75,7 +74,7 @@ func userWords(old, new *held[sallyport.User]) string {
 		return "user enabled"
 	case new.value.Email != old.value.Email:
 		return "e-mail address changed"
-	case !reflect.DeepEqual(old.value, new.value):
+	case !reflect.DeepEqual(old.value.User, new.value.User):
 		return "user changed"
 	}
 	return ""
