@@ -61,6 +61,20 @@ func (f *fanout) tell(changes []sallyport.SubjectChange) {
 		for _, c := range changes {
 			w.add(c)
 		}
+	}
+	f.wakeAll()
+}
+
+// wake has every watcher send a notice now.
+func (f *fanout) wake() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.wakeAll()
+}
+
+// wakeAll is wake with mu held.
+func (f *fanout) wakeAll() {
+	for w := range f.watchers {
 		select {
 		case w.wake <- struct{}{}:
 		default:

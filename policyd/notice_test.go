@@ -87,6 +87,29 @@ func TestCase_O1_RetiredSessionCAIsTakenBack(t *testing.T) {
 	})
 }
 
+// A gateway learns that cached is back with the heartbeat that says so, not with
+// the notice of the next second.
+func TestCase_M4_RecoveryIsToldAtOnce(t *testing.T) {
+	inSite(t, Config{}, routes, func(t *testing.T, s *site) {
+		gateway := s.watch()
+		s.link.setDown(true)
+		pass(10*time.Second + 300*time.Millisecond)
+		gateway.take()
+		s.link.setDown(false)
+		for range 40 {
+			pass(100 * time.Millisecond)
+			if s.sourceAge() > time.Second {
+				continue
+			}
+			if all := gateway.take(); len(all) == 0 || all[len(all)-1].SourceAge > time.Second {
+				t.Errorf("policyd knows that cached is back, and its gateway is told %+v", all)
+			}
+			return
+		}
+		t.Error("policyd does not notice that cached is back")
+	})
+}
+
 func sessionCA(t *testing.T) *tlsid.CA {
 	t.Helper()
 	ca, err := tlsid.NewCA("session-ca", 0)
