@@ -205,7 +205,7 @@ func TestCase_O1_ServiceCertificatesReplaced(t *testing.T) {
 		}
 		return nil
 	})
-	w.breakLinks(t, u) // who had kept an earlier certificate could not connect now
+	w.breakLinks(t, u)   // who had kept an earlier certificate could not connect now
 	w.SetGroups("alice") // and what comes through these connections has an effect
 	for i, c := range u.conns {
 		stack.CutWithin(t, c, 5*time.Second)

@@ -40,7 +40,7 @@ func or(addr, def string) string {
 }
 
 // Policyd starts the service that decides.
-func Policyd(p *run.Process, records sallyport.Records) (*policyd.Server, error) {
+func Policyd(p *run.Process, records policyd.Cached) (*policyd.Server, error) {
 	auditor, err := p.Audit("policyd", run.KeepHeads("policyd", records))
 	if err != nil {
 		return nil, err
