@@ -157,8 +157,5 @@ func (c *Client) redeem(ctx context.Context, code, verifier, redirect string) (*
 	if err := c.call(ctx, http.MethodPost, wire.PathToken, req, &g); err != nil {
 		return nil, err
 	}
-	if len(g.Gateways) == 0 {
-		return nil, badAnswer("no gateway", nil)
-	}
 	return fresh.session(g)
 }

@@ -86,8 +86,8 @@ func (k *sessionKey) session(g wire.Grant) (*Session, error) {
 	if !k.private.PublicKey.Equal(leaf.PublicKey) {
 		return nil, badAnswer("a certificate for another key", errors.New("public keys differ"))
 	}
-	if g.Session == "" {
-		return nil, badAnswer("no session", nil)
+	if g.Session == "" || len(g.Gateways) == 0 {
+		return nil, badAnswer("no session or no gateway", nil)
 	}
 	s.Certificate.Leaf = leaf
 	return s, nil
