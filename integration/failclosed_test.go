@@ -57,6 +57,7 @@ var processFaults = faults[:2]
 // eachFault runs a case on a deployment of its own for each of the faults, all at
 // once: they wait, mostly.
 func eachFault(t *testing.T, of []fault, edit func(*stack.Config), run func(*testing.T, *failing, fault)) {
+	t.Parallel()
 	for _, f := range of {
 		t.Run(f.name, func(t *testing.T) {
 			t.Parallel()
