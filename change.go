@@ -66,7 +66,8 @@ type Notice struct {
 	MaxStale time.Duration `json:"max_stale,omitempty"`
 	// Changes lists what changed since the previous notice of this stream.
 	Changes []SubjectChange `json:"changes,omitempty"`
-	// Trust is set in the first notice and whenever it changed.
+	// Trust is set in the first notice and whenever it changed. It holds what counts
+	// at that moment, without terms.
 	Trust *Trust `json:"trust,omitempty"`
 	// Forbidden are addresses gateways never dial (Config.Forbidden); sent like
 	// Trust.

@@ -182,12 +182,6 @@ type External struct {
 // ExternalID is the id of the record that holds the External of a type and id.
 func ExternalID(typ, id string) string { return typ + "/" + id }
 
-// Trust is the payload of KindTrust: whom gateways believe.
-type Trust struct {
-	// SessionCAs is the PEM bundle of authd's session CAs, current and previous.
-	SessionCAs string `json:"session_cas"`
-}
-
 // Decode reads the JSON payload of a live record into a value of type T.
 func Decode[T any](r Record) (T, error) {
 	var v T

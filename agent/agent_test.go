@@ -140,6 +140,23 @@ func TestLoginThenFlow(t *testing.T) {
 	}
 }
 
+// An authd that knows no gateways at the moment, because the configuration was
+// deleted, does not make an agent forget its own.
+func TestRenewalWithoutGateways(t *testing.T) {
+	site := agenttest.New(t)
+	site.NamesNoGateways = true
+	p := newPerson(t, site)
+	p.login()
+	f, err := p.run().Open(within(t), db)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	if _, renewals := site.Counts(); renewals == 0 {
+		t.Error("nothing was renewed")
+	}
+}
+
 func TestProfileHoldsNoSecret(t *testing.T) {
 	p := newPerson(t, agenttest.New(t))
 	p.login()

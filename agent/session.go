@@ -65,7 +65,7 @@ func (a *Agent) renewOnce(ctx context.Context) (*login.Session, error) {
 	}
 	defer client.Close()
 	defer a.during("the login service " + p.Authd)()
-	s, err := client.Renew(ctx, p.Session)
+	s, err := client.Renew(ctx, p.Session, p.Gateways)
 	if err != nil {
 		return nil, err
 	}

@@ -306,18 +306,33 @@ func TestTwoLoginsOfOneBrowserAtOnce(t *testing.T) {
 	w.accepted(w.get(browser, first.String()))
 }
 
-func TestIdPOutOfReach(t *testing.T) {
+// The provider fails, and then is gone: logins are refused with words that say so,
+// sessions go on, and authd stays ready.
+func TestCase_M7_IdPOutOfReach(t *testing.T) {
 	w := withProvider(t)
-	w.accepted(loginEnds(w))
+	w.run()
+	a := w.agent()
+	session := a.login(w.browser()).Session
+	goesOn := func() {
+		t.Helper()
+		if _, p, status := a.renew(session); status != http.StatusOK {
+			t.Errorf("a renewal: %d %+v", status, p)
+		}
+		if err := w.server.Ready(); err != nil {
+			t.Errorf("not ready: %v", err)
+		}
+	}
 	w.idp.Status = http.StatusInternalServerError
 	end := loginEnds(w)
-	if end.status != http.StatusServiceUnavailable || end.header.Get("Retry-After") == "" {
-		t.Errorf("got %d; want 503 with Retry-After", end.status)
+	if end.status != http.StatusServiceUnavailable || end.header.Get("Retry-After") == "" || !strings.Contains(end.body, "identity provider") {
+		t.Errorf("got %d %s; want 503 with Retry-After and the reason", end.status, text(end.body))
 	}
+	goesOn()
 	w.idp.Server.Close()
 	if end := loginBroken(w); end.status != http.StatusServiceUnavailable {
 		t.Errorf("got %d; want 503", end.status)
 	}
+	goesOn()
 }
 
 // loginBroken is a callback while the provider is gone.

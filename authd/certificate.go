@@ -69,7 +69,7 @@ func checkCSR(der []byte, session *url.URL) (*ecdsa.PublicKey, error) {
 // client authentication only, one URI name, nothing about the person. It ends
 // with the session if that is sooner. It returns the certificate in PEM and how
 // long it lives.
-func (s *Server) issue(pub *ecdsa.PublicKey, session sallyport.Session) (string, time.Duration, error) {
+func (s *Server) issue(ctx ctx, pub *ecdsa.PublicKey, session sallyport.Session) (string, time.Duration, error) {
 	now := s.now()
 	life := min(s.session.Load().certificateLifetime(), session.Expires.Sub(now))
 	if life <= 0 {
@@ -89,7 +89,10 @@ func (s *Server) issue(pub *ecdsa.PublicKey, session sallyport.Session) (string,
 		BasicConstraintsValid: true,
 		URIs:                  []*url.URL{connect.SessionURI(s.deps.Domain, session.ID)},
 	}
-	ca := s.deps.SessionCA
+	ca, err := s.signer(ctx)
+	if err != nil {
+		return "", 0, err
+	}
 	der, err := x509.CreateCertificate(rand.Reader, template, ca.Certificate(), pub, ca.Signer())
 	if err != nil {
 		return "", 0, fmt.Errorf("sign session certificate: %w", err)

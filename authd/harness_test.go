@@ -215,7 +215,7 @@ func newWorld(t *testing.T, change func(*authd.Config)) *world {
 	w.cfg = authd.Config{PublicURL: w.url, Listen: "127.0.0.1:0"}
 	change(&w.cfg)
 	w.server, err = authd.New(w.cfg, authd.Deps{
-		Domain: domain, Records: w.records, Audit: w.audit, Log: logger, SessionCA: w.ca,
+		Domain: domain, Records: w.records, Audit: w.audit, Log: logger, SessionCAs: []*tlsid.CA{w.ca},
 		SealKey: bytes.Repeat([]byte{7}, 32), Now: w.clock.now,
 	})
 	if err != nil {
@@ -411,7 +411,13 @@ func hidden(body string) url.Values {
 // the embedded provider's form, allows the device where it is asked.
 func (w *world) browse(client *http.Client, start string) answer {
 	w.t.Helper()
-	a := w.follow(client, w.get(client, start))
+	return w.goOn(client, w.get(client, start))
+}
+
+// goOn is browse from the first answer on.
+func (w *world) goOn(client *http.Client, a answer) answer {
+	w.t.Helper()
+	a = w.follow(client, a)
 	if strings.Contains(a.body, `name="password"`) {
 		form := hidden(a.body)
 		form.Set("username", "alice")

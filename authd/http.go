@@ -94,13 +94,18 @@ func asRefusal(err error) *sallyport.Error {
 	if errors.As(err, &e) {
 		return e
 	}
+	message := "login is not possible right now"
 	var oe *oidcrp.Error
-	if errors.As(err, &oe) && oe.Code != oidcrp.CodeUnavailable {
+	switch {
+	case !errors.As(err, &oe):
+	case oe.Code == oidcrp.CodeUnavailable:
+		message = "login is not possible right now: the identity provider does not answer"
+	default:
 		return refusal(oe.Code, "the identity provider's answer was refused", err)
 	}
 	return &sallyport.Error{
 		Outcome: sallyport.OutcomeUnavailable, Code: codeUnavailable,
-		Message: "login is not possible right now", Hint: "try again in a moment", Err: err,
+		Message: message, Hint: "try again in a moment", Err: err,
 	}
 }
 

@@ -16,7 +16,6 @@ import (
 	"sallyport/authd/idp"
 	"sallyport/cached"
 	"sallyport/cached/memory"
-	"sallyport/internal/tlsid"
 	"sallyport/proto/connect"
 )
 
@@ -196,44 +195,6 @@ func FuzzLoopbackRedirect(f *testing.F) {
 			t.Fatalf("accepted %q", raw)
 		}
 	})
-}
-
-func TestTrustBundleKeepsEarlierCAs(t *testing.T) {
-	ctx := context.Background()
-	now := time.Now()
-	v := testVault(t, func() time.Time { return now })
-	publish := func(ca *tlsid.CA) string {
-		t.Helper()
-		s := &Server{deps: Deps{Records: v.records, SessionCA: ca}, now: func() time.Time { return now }}
-		for range 2 { // the second time changes nothing
-			if err := s.publishTrust(ctx); err != nil {
-				t.Fatal(err)
-			}
-		}
-		trust, _, err := get[sallyport.Trust](ctx, v.records, sallyport.KindTrust, "current")
-		if err != nil {
-			t.Fatal(err)
-		}
-		return trust.SessionCAs
-	}
-	newCA := func(life time.Duration) *tlsid.CA {
-		ca, err := tlsid.NewCA("session-ca", life)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return ca
-	}
-	first, second, third := newCA(time.Hour), newCA(48*time.Hour), newCA(48*time.Hour)
-	if got := publish(first); got != string(first.PEM()) {
-		t.Errorf("got %q", got)
-	}
-	if got := publish(second); got != string(second.PEM())+string(first.PEM()) {
-		t.Errorf("after a rotation got %d bytes; want the new CA and the old", len(got))
-	}
-	now = now.Add(2 * time.Hour) // the first has expired
-	if got := publish(third); got != string(third.PEM())+string(second.PEM()) {
-		t.Errorf("got %d bytes; want the two that count", len(got))
-	}
 }
 
 func TestValidate(t *testing.T) {

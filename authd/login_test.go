@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"net/http"
 	"net/url"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -14,6 +15,7 @@ import (
 
 	"sallyport"
 	"sallyport/authd"
+	"sallyport/internal/oidcrp/oidcrptest"
 	"sallyport/proto/connect"
 	"sallyport/proto/login"
 )
@@ -371,5 +373,44 @@ func TestFailedAuditRefuses(t *testing.T) {
 	}
 	if n := w.sessions(); n != 0 {
 		t.Errorf("got %d sessions without an audit record", n)
+	}
+}
+
+// The client secret changes at the provider and in its file: logins that have
+// begun are finished with the new one, and a file that holds none changes nothing.
+func TestCase_O4_ClientSecretRotatedLive(t *testing.T) {
+	w := withProvider(t)
+	w.run()
+	w.agent().login(w.browser())
+	underWay, person := w.agent(), w.browser()
+	sent := w.get(person, underWay.authorizeURL()) // the person is about to log in at the provider
+
+	const next = "another-secret-of-32-characters-or-more"
+	w.idp.RotateSecret(next)
+	write := func(secret string) error {
+		t.Helper()
+		if err := os.WriteFile(w.cfg.IDP.ClientSecretFile, []byte(secret), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return w.server.Reload(w.cfg)
+	}
+	if err := write(""); err == nil {
+		t.Error("an empty secret was taken")
+	}
+	if err := write(next + "\n"); err != nil {
+		t.Fatal(err)
+	}
+	code := underWay.code(w.goOn(person, sent))
+	if status := w.call(login.PathToken, underWay.tokenRequest(code), nil); status != http.StatusOK {
+		t.Errorf("a login under way: status %d", status)
+	}
+	w.agent().login(w.browser())
+
+	if err := write(oidcrptest.Secret); err != nil { // the provider takes it no more
+		t.Fatal(err)
+	}
+	end := w.browse(w.browser(), w.agent().authorizeURL())
+	if end.status != http.StatusBadRequest || !strings.Contains(end.body, "oidc.token_refused") {
+		t.Errorf("with the earlier secret: %d %s", end.status, text(end.body))
 	}
 }

@@ -65,7 +65,7 @@ func (s *Server) admit(ctx ctx, person oidcrp.Identity) (stored []byte, as sally
 }
 
 func errDeviceRevoked() error {
-	return refusal("login.device_revoked", "this device was revoked; an administrator can allow it again", nil)
+	return refusal("login.device_revoked", "this device was revoked; an administrator can reinstate it", nil)
 }
 
 // opening is a login about to be written.

@@ -22,13 +22,10 @@ package authd
 
 import (
 	"context"
-	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -50,8 +47,12 @@ type Deps struct {
 	Records sallyport.Records
 	Audit   sallyport.Auditor
 	Log     logging.Logger // nil: no log
-	// SessionCA signs session certificates and nothing else.
-	SessionCA *tlsid.CA
+	// SessionCAs sign session certificates and nothing else, the newest first: one,
+	// or during a rotation the one before it too.
+	SessionCAs []*tlsid.CA
+	// MaxStale is how long gateways may go on without news of the records: so long a
+	// CA is published before it signs. 0: 30 s.
+	MaxStale time.Duration
 	// SealKey, 32 random bytes, seals what authd stores of other people's secrets.
 	SealKey []byte
 	Now     func() time.Time // nil: time.Now
@@ -71,6 +72,10 @@ type Server struct {
 
 	session   atomic.Pointer[Session] // the part of the configuration that a reload changes
 	published atomic.Bool             // the trust record stands
+
+	cas     atomic.Pointer[[]*tlsid.CA] // our session CAs, the newest first
+	rotated chan struct{}               // capacity 1: cas was replaced
+	idle    atomic.Pointer[error]       // why nothing is signed at the moment; nil inside: it is
 }
 
 // New makes a server. It reads the files that cfg names and touches no network;
@@ -85,7 +90,7 @@ func New(cfg Config, deps Deps) (*Server, error) {
 	if deps.Now == nil {
 		deps.Now = time.Now
 	}
-	if deps.Domain == "" || deps.Records == nil || deps.Audit == nil || deps.SessionCA == nil {
+	if deps.Domain == "" || deps.Records == nil || deps.Audit == nil || len(deps.SessionCAs) == 0 {
 		return nil, errors.New("authd: domain, records, audit and session CA are required")
 	}
 	v, err := newVault(deps.Records, deps.SealKey, deps.Now)
@@ -94,8 +99,9 @@ func New(cfg Config, deps Deps) (*Server, error) {
 	}
 	s := &Server{
 		deps: deps, log: deps.Log, now: deps.Now,
-		public: cfg.publicURL(), vault: v, limits: newLimits(deps.Now),
+		public: cfg.publicURL(), vault: v, limits: newLimits(deps.Now), rotated: make(chan struct{}, 1),
 	}
+	s.cas.Store(&deps.SessionCAs)
 	s.session.Store(&cfg.Session)
 	if err := s.connectIDP(cfg); err != nil {
 		return nil, fmt.Errorf("authd: identity provider: %w", err)
@@ -193,6 +199,9 @@ func (s *Server) Ready() error {
 	if !s.published.Load() {
 		return errors.New("trust bundle is not published yet")
 	}
+	if idle := s.idle.Load(); idle != nil && *idle != nil {
+		return *idle
+	}
 	if err := s.rp.Ready(); err != nil {
 		return fmt.Errorf("identity provider: %w", err)
 	}
@@ -206,11 +215,16 @@ const (
 	rediscoverSoon = 5 * time.Second // while the provider cannot be used
 )
 
-// Run publishes the session CA, brings the directory of the embedded provider
-// into the records, and keeps discovery fresh, until ctx ends.
+// Run publishes session CAs and retires them, brings the directory of the embedded
+// provider into the records, and keeps discovery fresh, until ctx ends.
 func (s *Server) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return s.publish(ctx) })
+	group.Go(func() error {
+		if err := s.publish(ctx); err != nil {
+			return err
+		}
+		return s.keepTrust(ctx)
+	})
 	group.Go(func() error { return s.keepDiscovered(ctx) })
 	if err := group.Wait(); ctx.Err() == nil {
 		return err
@@ -221,7 +235,7 @@ func (s *Server) Run(ctx context.Context) error {
 // publish writes what others need from authd, again and again until it stands.
 func (s *Server) publish(ctx context.Context) error {
 	for {
-		err := s.publishTrust(ctx)
+		_, err := s.publishTrust(ctx)
 		if err == nil && s.idp != nil {
 			err = s.syncDirectory(ctx)
 		}
@@ -264,9 +278,9 @@ func wait(ctx context.Context, d time.Duration) bool {
 // reloadTimeout bounds the writes of Reload.
 const reloadTimeout = 10 * time.Second
 
-// Reload takes over the embedded users and the session section of cfg. Users'
-// groups are in the records when it returns. What else changed needs a restart,
-// which the error says; nothing is taken over then.
+// Reload takes over the embedded users, the client secret in its file, and the
+// session section of cfg. Users' groups are in the records when it returns. What
+// else changed needs a restart, which the error says; nothing is taken over then.
 func (s *Server) Reload(cfg Config) error {
 	if err := cfg.Validate().Err(); err != nil {
 		return err
@@ -274,62 +288,22 @@ func (s *Server) Reload(cfg Config) error {
 	if cfg.embedded() != (s.idp != nil) || cfg.publicURL() != s.public || !cfg.embedded() && cfg.IDP.Issuer != s.issuer {
 		return errors.New("authd: public_url and the choice of identity provider need a restart")
 	}
-	s.session.Store(&cfg.Session)
 	if s.idp == nil {
+		secret, err := readSecret(cfg.IDP.ClientSecretFile)
+		if err != nil {
+			return fmt.Errorf("client_secret_file: %w", err)
+		}
+		s.rp.SetClientSecret(secret)
+		s.session.Store(&cfg.Session)
 		return nil
 	}
+	s.session.Store(&cfg.Session)
 	if err := s.idp.SetUsers(cfg.Users); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), reloadTimeout)
 	defer cancel()
 	return s.syncDirectory(ctx)
-}
-
-// publishTrust puts the session CA into the trust record, beside earlier ones
-// that have not expired: certificates they signed are still in use.
-func (s *Server) publishTrust(ctx context.Context) error {
-	const id = "current"
-	own := string(s.deps.SessionCA.PEM())
-	rec, err := s.deps.Records.Get(ctx, sallyport.KindTrust, id)
-	if errors.Is(err, sallyport.ErrNotFound) {
-		op := sallyport.Put(sallyport.KindTrust, id, sallyport.Trust{SessionCAs: own})
-		op.If.Absent = true
-		_, err = s.deps.Records.Apply(ctx, []sallyport.Op{op})
-		return err
-	}
-	if err != nil {
-		return err
-	}
-	trust, err := sallyport.Decode[sallyport.Trust](rec)
-	if err != nil {
-		return err
-	}
-	bundle := append([]string{own}, slices.DeleteFunc(s.unexpired(trust.SessionCAs), func(p string) bool { return p == own })...)
-	merged := strings.Join(bundle, "")
-	if merged == trust.SessionCAs {
-		return nil
-	}
-	op := sallyport.Put(sallyport.KindTrust, id, sallyport.Trust{SessionCAs: merged})
-	op.If.Revision = rec.Revision
-	_, err = s.deps.Records.Apply(ctx, []sallyport.Op{op})
-	return err
-}
-
-// unexpired returns the certificates of a PEM bundle that still count, each as
-// PEM.
-func (s *Server) unexpired(bundle string) []string {
-	var out []string
-	for rest := []byte(bundle); ; {
-		var block *pem.Block
-		block, rest = pem.Decode(rest)
-		if block == nil {
-			return out
-		}
-		if cert, err := x509.ParseCertificate(block.Bytes); err == nil && cert.NotAfter.After(s.now()) {
-			out = append(out, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: block.Bytes})))
-		}
-	}
 }
 
 // origin is the public URL as browsers name it in Origin.

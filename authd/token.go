@@ -206,7 +206,7 @@ func (s *Server) grant(c *call, csr []byte, device proof.Key, session sallyport.
 	if pub.Equal(device.Public) {
 		return login.Grant{}, rejected(errors.New("the device key is not for certificates"))
 	}
-	chain, life, err := s.issue(pub, session)
+	chain, life, err := s.issue(c.ctx(), pub, session)
 	if err != nil {
 		return login.Grant{}, err
 	}

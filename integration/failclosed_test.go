@@ -22,17 +22,49 @@ const (
 	// maxStale is the bound of these tests; the shortest that policyd takes.
 	maxStale = 3 * time.Second
 	// backWithin is how long after a daemon is back everything works again.
-	backWithin = 3 * time.Second
+	backWithin = 2 * time.Second
 	// slack is what a busy machine adds to a bound.
 	slack = 1500 * time.Millisecond
 )
 
-// failures are the ways in which a daemon goes: killed, and frozen (which is worse,
-// because its sockets stay open).
-var failures = []struct {
-	name string
-	sig  syscall.Signal
-}{{"killed", syscall.SIGKILL}, {"frozen", syscall.SIGSTOP}}
+// fault is a way in which a daemon goes, and comes back.
+type fault struct {
+	name    string
+	strike  func(*failing, string)
+	undo    func(*failing, string)
+	process bool // of the daemon itself, not of the network before it
+	late    bool // it answers, too late for other daemons and in time for patient people
+}
+
+// faults are those of the security cases: killed; frozen, which is worse, because
+// its sockets stay open; and the network before it gone or slow.
+var faults = []fault{
+	{"killed", func(w *failing, name string) {
+		w.Daemon(name).Signal(syscall.SIGKILL)
+		w.Daemon(name).Wait(10 * time.Second)
+	}, func(w *failing, name string) { w.StartDaemon(name) }, true, false},
+	{"frozen", func(w *failing, name string) {
+		w.Daemon(name).Signal(syscall.SIGSTOP)
+		w.Daemon(name).WaitFrozen()
+	}, func(w *failing, name string) { w.Daemon(name).Signal(syscall.SIGCONT) }, true, false},
+	{"partitioned", func(w *failing, name string) { w.Link(name).Freeze() }, func(w *failing, name string) { w.Link(name).Heal() }, false, false},
+	{"slow", func(w *failing, name string) { w.Link(name).Delay(5 * time.Second) }, func(w *failing, name string) { w.Link(name).Heal() }, false, true},
+}
+
+// processFaults are the faults of a daemon itself.
+var processFaults = faults[:2]
+
+// eachFault runs a case on a deployment of its own for each of the faults, all at
+// once: they wait, mostly.
+func eachFault(t *testing.T, of []fault, edit func(*stack.Config), run func(*testing.T, *failing, fault)) {
+	t.Parallel()
+	for _, f := range of {
+		t.Run(f.name, func(t *testing.T) {
+			t.Parallel()
+			run(t, newFailing(t, edit), f)
+		})
+	}
+}
 
 // failing is a deployment apart with one more service, which says "open" and goes
 // on talking until its connection is closed.
@@ -50,7 +82,7 @@ func newFailing(t *testing.T, edit func(*stack.Config)) *failing {
 		}
 	})
 	w := newWorldWith(t, stack.Apart, func(c *stack.Config) {
-		c.Policyd = map[string]any{"max_stale": maxStale.String()}
+		c.Policyd, c.Links = map[string]any{"max_stale": maxStale.String()}, true
 		c.Routes = append(c.Routes, stack.Route{From: "tcp://hold.internal:9", To: "tcp://" + hold.Addr, Policy: stack.Allow("all", stack.Anyone())})
 		edit(c)
 	})
@@ -60,28 +92,6 @@ func newFailing(t *testing.T, edit func(*stack.Config)) *failing {
 // accepted is how many connections have reached any service.
 func (w *failing) accepted() int64 {
 	return w.echo.Accepted() + w.reply.Accepted() + w.payroll.Accepted() + w.hold.Accepted()
-}
-
-// end makes the daemon go, and returns when it has.
-func (w *failing) end(t *testing.T, name string, sig syscall.Signal) {
-	t.Helper()
-	p := w.Daemon(name)
-	p.Signal(sig)
-	if sig == syscall.SIGKILL {
-		p.Wait(10 * time.Second)
-		return
-	}
-	p.WaitFrozen()
-}
-
-// comeBack brings the daemon back the way it went.
-func (w *failing) comeBack(t *testing.T, name string, sig syscall.Signal) {
-	t.Helper()
-	if sig == syscall.SIGSTOP {
-		w.Daemon(name).Signal(syscall.SIGCONT)
-		return
-	}
-	w.StartDaemon(name)
 }
 
 // live is a person with connections over both carriers, and one on stdin and stdout.
@@ -198,30 +208,26 @@ func (l *live) recovers(t *testing.T) {
 // TestCase_M1_PolicydGone: no allow without a live policyd; live connections end
 // at max_stale, not before; backWithin without a hand.
 func TestCase_M1_PolicydGone(t *testing.T) {
-	w := newFailing(t, func(*stack.Config) {})
-	a := w.loggedIn(t, "alice")
-	for _, f := range failures {
-		t.Run(f.name, func(t *testing.T) {
-			l := w.open(t, a.In(t))
-			defer l.close()
-			began := time.Now()
-			w.end(t, "policyd", f.sig)
-			w.refuses(t, l, 20)
-			l.wantStale(t, began, maxStale)
-			w.refuses(t, l, 50)
-			before := w.accepted()
-			r := a.In(t).Run("connect", "--stdio", "db.internal:5432")
-			wantExit(t, r, stack.ExitUnavailable)
-			if n := w.accepted() - before; n != 0 {
-				t.Errorf("%d connections reached a service while nobody could decide", n)
-			}
-			w.comeBack(t, "policyd", f.sig)
-			l.recovers(t)
-		})
-	}
-	if tail := w.Operator("audit", "tail", "--config", w.File, "-n", "2000", "-o", "jsonl").Stdout; !strings.Contains(tail, `policy_stale`) {
-		t.Error("no flow is recorded as ended by policy_stale")
-	}
+	eachFault(t, faults, func(*stack.Config) {}, func(t *testing.T, w *failing, f fault) {
+		a := w.loggedIn(t, "alice")
+		l := w.open(t, a)
+		defer l.close()
+		began := time.Now()
+		f.strike(w, "policyd")
+		w.refuses(t, l, 20)
+		l.wantStale(t, began, maxStale)
+		w.refuses(t, l, 50)
+		before := w.accepted()
+		wantExit(t, a.Run("connect", "--stdio", "db.internal:5432"), stack.ExitUnavailable)
+		if n := w.accepted() - before; n != 0 {
+			t.Errorf("%d connections reached a service while nobody could decide", n)
+		}
+		f.undo(w, "policyd")
+		l.recovers(t)
+		if tail := w.Operator("audit", "tail", "--config", w.File, "-n", "2000", "-o", "jsonl").Stdout; !strings.Contains(tail, `policy_stale`) {
+			t.Error("no flow is recorded as ended by policy_stale")
+		}
+	})
 }
 
 // TestCase_M1_DefaultMaxStale: a live connection stays for 30 s if nothing else is
@@ -231,7 +237,7 @@ func TestCase_M1_DefaultMaxStale(t *testing.T) {
 	w := newFailing(t, func(c *stack.Config) { c.Policyd = nil })
 	l := w.open(t, w.loggedIn(t, "alice"))
 	began := time.Now()
-	w.end(t, "policyd", syscall.SIGKILL)
+	faults[0].strike(w, "policyd")
 	w.refuses(t, l, 5)
 	l.wantStale(t, began, 30*time.Second)
 }
@@ -241,7 +247,8 @@ func TestCase_M1_DefaultMaxStale(t *testing.T) {
 func TestCase_M3_SlowPolicyd(t *testing.T) {
 	w := newFailing(t, func(*stack.Config) {})
 	l := w.open(t, w.loggedIn(t, "alice"))
-	w.end(t, "policyd", syscall.SIGSTOP)
+	frozen := faults[1]
+	frozen.strike(w, "policyd")
 	var all sync.WaitGroup
 	for range 50 {
 		all.Go(func() {
@@ -251,7 +258,7 @@ func TestCase_M3_SlowPolicyd(t *testing.T) {
 		})
 	}
 	<-time.After(time.Second) // less than decision_timeout
-	w.comeBack(t, "policyd", syscall.SIGSTOP)
+	frozen.undo(w, "policyd")
 	all.Wait()
 	for i, c := range l.conns {
 		if err := stack.Echo(c, "still"); err != nil {
@@ -261,23 +268,31 @@ func TestCase_M3_SlowPolicyd(t *testing.T) {
 }
 
 // TestCase_M4_CachedGone: whoever has a session is served for max_stale; nobody
-// can log in.
+// can log in, and a revocation says that it did not happen.
 func TestCase_M4_CachedGone(t *testing.T) {
-	w := newFailing(t, func(*stack.Config) {})
-	a := w.loggedIn(t, "alice")
-	for _, f := range failures {
-		t.Run(f.name, func(t *testing.T) {
-			l := w.open(t, a.In(t))
-			defer l.close()
-			began := time.Now()
-			w.end(t, "cached", f.sig)
-			l.wantStale(t, began, maxStale)
-			w.refuses(t, l, 20)
-			w.loginUnavailable(t, a.In(t))
-			w.comeBack(t, "cached", f.sig)
-			l.recovers(t)
-		})
-	}
+	eachFault(t, faults, func(*stack.Config) {}, func(t *testing.T, w *failing, f fault) {
+		a := w.loggedIn(t, "alice")
+		l := w.open(t, a)
+		defer l.close()
+		began := time.Now()
+		f.strike(w, "cached")
+		if err := dialEcho(l.tunnels[0], "new"); err != nil {
+			t.Errorf("a session that policyd knows: %v", err)
+		}
+		l.wantStale(t, began, maxStale)
+		w.refuses(t, l, 20)
+		if !f.late {
+			w.loginUnavailable(t, a)
+		}
+		if f.process {
+			r := stack.Run(t, stack.Command{Program: "sallyport", Args: []string{"sessions", "revoke", "--config", w.File, "--user", "alice"}})
+			if r.Exit != 1 || !strings.Contains(r.Stderr, "--direct") {
+				t.Errorf("a revocation: %+v; want exit 1 and a hint", r)
+			}
+		}
+		f.undo(w, "cached")
+		l.recovers(t)
+	})
 }
 
 // loginUnavailable wants a login refused with 503, in the browser or before there
@@ -316,7 +331,7 @@ func TestCase_M4_DirectRevocation(t *testing.T) {
 	w := newFailing(t, func(c *stack.Config) { c.Policyd = map[string]any{"max_stale": "20s"} })
 	a := w.loggedIn(t, "alice")
 	l := w.open(t, a)
-	w.end(t, "cached", syscall.SIGKILL)
+	faults[0].strike(w, "cached")
 	if err := dialEcho(l.tunnels[0], "new while cached is gone"); err != nil {
 		t.Errorf("a session that policyd knows: %v", err)
 	}
@@ -375,72 +390,66 @@ func TestCase_M4_DirectRevocation(t *testing.T) {
 // TestCase_M6_AuthdGone: who is logged in notices nothing, also past the end of
 // the certificate; logins say that they are unavailable; renewals catch up.
 func TestCase_M6_AuthdGone(t *testing.T) {
-	t.Parallel() // it waits, mostly
 	const certificate = 20 * time.Second
-	for _, f := range failures {
-		t.Run(f.name, func(t *testing.T) {
-			t.Parallel()
-			w := newFailing(t, func(c *stack.Config) {
-				c.Policyd = nil
-				c.Session = map[string]any{"certificate_lifetime": certificate.String()}
-			})
-			a := w.loggedIn(t, "alice")
-			l := w.open(t, a)
-			expired := time.Now().Add(certificate + time.Second)
-			w.end(t, "authd", f.sig)
-			// A new process has no certificate yet, and cannot get one.
-			wantExit(t, a.Run("connect", "--stdio", "db.internal:5432"), stack.ExitUnavailable)
-			if f.sig == syscall.SIGKILL {
-				wantExit(t, a.Run("login", "--no-browser"), stack.ExitUnavailable)
-			}
-			stack.Eventually(t, 2*certificate, func() error {
-				for i, tun := range l.tunnels {
-					if err := stack.Echo(l.conns[i], "still"); err != nil {
-						t.Fatalf("%s: a live connection: %v", tun.Carrier, err)
-					}
-				}
-				if left := time.Until(expired); left > 0 {
-					return fmt.Errorf("the certificate lives for another %s", left)
-				}
-				return nil
-			})
-			// QUIC carries new connections too: the session lives, not the certificate.
-			if err := stack.Echo(l.tunnels[0].Dial(t), "new"); err != nil {
-				t.Errorf("a new connection of a running agent: %v", err)
-			}
-			w.comeBack(t, "authd", f.sig)
-			w.Restart("gateway", syscall.SIGKILL) // both must show a certificate again
-			stack.Eventually(t, 20*time.Second, func() error {
-				for _, tun := range l.tunnels {
-					if err := dialEcho(tun, "renewed"); err != nil {
-						return fmt.Errorf("%s: %w\n%s", tun.Carrier, err, tun.Stderr())
-					}
-				}
-				return nil
-			})
-			w.NewAgent(t, "bob").Login()
-		})
+	shortLived := func(c *stack.Config) {
+		c.Policyd = nil
+		c.Session = map[string]any{"certificate_lifetime": certificate.String()}
 	}
+	eachFault(t, faults, shortLived, func(t *testing.T, w *failing, f fault) {
+		a := w.loggedIn(t, "alice")
+		l := w.open(t, a)
+		expired := time.Now().Add(certificate + time.Second)
+		f.strike(w, "authd")
+		if !f.late { // a new process has no certificate yet, and cannot get one
+			wantExit(t, a.Run("connect", "--stdio", "db.internal:5432"), stack.ExitUnavailable)
+		}
+		if f.name == "killed" {
+			wantExit(t, a.Run("login", "--no-browser"), stack.ExitUnavailable)
+		}
+		stack.Eventually(t, 2*certificate, func() error {
+			for i, tun := range l.tunnels {
+				if err := stack.Echo(l.conns[i], "still"); err != nil {
+					t.Fatalf("%s: a live connection: %v", tun.Carrier, err)
+				}
+			}
+			if left := time.Until(expired); left > 0 {
+				return fmt.Errorf("the certificate lives for another %s", left)
+			}
+			return nil
+		})
+		// QUIC carries new connections too: the session lives, not the certificate.
+		if err := stack.Echo(l.tunnels[0].Dial(t), "new"); err != nil {
+			t.Errorf("a new connection of a running agent: %v", err)
+		}
+		f.undo(w, "authd")
+		w.Restart("gateway", syscall.SIGKILL) // both must show a certificate again
+		stack.Eventually(t, 20*time.Second, func() error {
+			for _, tun := range l.tunnels {
+				if err := dialEcho(tun, "renewed"); err != nil {
+					return fmt.Errorf("%s: %w\n%s", tun.Carrier, err, tun.Stderr())
+				}
+			}
+			return nil
+		})
+		w.NewAgent(t, "bob").Login()
+	})
 }
 
 // TestCase_M8_GatewayGone: connections are lost; sessions and ports are not.
 func TestCase_M8_GatewayGone(t *testing.T) {
-	w := newFailing(t, func(*stack.Config) {})
-	a := w.loggedIn(t, "alice")
-	for _, f := range failures {
-		t.Run(f.name, func(t *testing.T) {
-			l := w.open(t, a.In(t))
-			defer l.close()
-			w.end(t, "gateway", f.sig)
-			before := w.accepted()
-			wantExit(t, a.In(t).Run("connect", "--stdio", "db.internal:5432"), stack.ExitUnavailable)
-			if n := w.accepted() - before; n != 0 {
-				t.Errorf("%d connections reached a service without a gateway", n)
-			}
-			w.comeBack(t, "gateway", f.sig)
-			l.recovers(t)
-		})
-	}
+	eachFault(t, processFaults, func(*stack.Config) {}, func(t *testing.T, w *failing, f fault) {
+		a := w.loggedIn(t, "alice")
+		l := w.open(t, a)
+		defer l.close()
+		f.strike(w, "gateway")
+		before := w.accepted()
+		wantExit(t, a.Run("connect", "--stdio", "db.internal:5432"), stack.ExitUnavailable)
+		if n := w.accepted() - before; n != 0 {
+			t.Errorf("%d connections reached a service without a gateway", n)
+		}
+		f.undo(w, "gateway")
+		l.recovers(t)
+	})
 }
 
 // TestUpstreamGone: an allowed connection to a service that is not there.

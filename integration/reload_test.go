@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -298,10 +299,35 @@ func testDeviceApproval(t *testing.T, w *world) {
 	admittedAfter(t, "approval", a, func() { w.Operator("devices", "approve", device, "--config", w.File) })
 	_, c := openConn(t, a)
 	cutAfter(t, "disapproval", c, func() { w.Operator("devices", "disapprove", device, "--config", w.File) })
+	testReinstatement(t, w, device)
 	r := stack.Run(t, stack.Command{Program: "sallyport", Args: []string{"devices", "approve", "none", "--config", w.File}})
 	if wantExit(t, r, stack.ExitUsage); !strings.Contains(r.Stderr, "hint: list them with: sallyport devices ls") {
 		t.Errorf("says %s", r.Stderr)
 	}
+}
+
+// testReinstatement revokes the device, which then cannot log in nor be approved,
+// and reinstates it.
+func testReinstatement(t *testing.T, w *world, device string) {
+	t.Helper()
+	a := w.loggedIn(t, "alice")
+	w.Operator("sessions", "revoke", "--config", w.File, "--device", device)
+	r := stack.Run(t, stack.Command{Program: "sallyport", Args: []string{"devices", "approve", device, "--config", w.File}})
+	if wantExit(t, r, stack.ExitUsage); !strings.Contains(r.Stderr, "hint: let it log in again first: sallyport devices reinstate") {
+		t.Errorf("says %s", r.Stderr)
+	}
+	p, address := a.StartLogin()
+	page, err := a.Browser().Follow(t.Context(), address, map[string]string{"username": "alice", "password": stack.Password, "answer": "allow"})
+	if err != nil || !strings.Contains(page.Text, "an administrator can reinstate it") {
+		t.Errorf("a revoked device: %v, the browser says %q", err, page.Text)
+	}
+	p.Signal(syscall.SIGTERM)
+	p.Wait(10 * time.Second)
+	if out := w.Operator("devices", "reinstate", device, "--config", w.File).Stdout; !strings.Contains(out, "is not revoked") {
+		t.Errorf("reinstate says %s", out)
+	}
+	a.Login() // and it is asked whether the key is its user's
+	admittedAfter(t, "approval after reinstatement", a, func() { w.Operator("devices", "approve", device, "--config", w.File) })
 }
 
 func testExternalRecords(t *testing.T, w *world) {

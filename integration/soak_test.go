@@ -1,72 +1,200 @@
 package integration
 
 import (
+	"context"
+	"errors"
 	"flag"
+	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net"
+	"slices"
+	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"sallyport/integration/stack"
 )
 
 var duration = flag.Duration("duration", 20*time.Second, "how long TestSoak restarts daemons")
 
-// TestSoak_RollingRestarts (M11) restarts one daemon after the other, in random
-// order, under connections of somebody who is allowed and of somebody who is not.
+// soakFlows are open while daemons are restarted.
+const soakFlows = 200
+
+// TestSoak_RollingRestarts (M11) restarts all daemons in random order, again and
+// again, under 200 open connections and a load of new ones, of somebody who is
+// allowed and of somebody who is not. Nobody is let in who may not be and no
+// session is lost. Open connections end with their gateway and with nothing else;
+// a new one may fail only while the gateway or policyd is away, of which there is
+// one each: how many do is told, and bounded where there are two.
 func TestSoak_RollingRestarts(t *testing.T) {
 	w := newWorld(t, stack.Apart)
 	alice, bob := w.loggedIn(t, "alice"), w.loggedIn(t, "bob")
-	tun := alice.Connect("db.internal:5432")
-	allowed := w.payroll.Accepted()
-	var opened, failed atomic.Int64
-	stop := make(chan struct{})
+	sessions := w.sessions()
+	s := &soak{world: w, attempts: map[string]int{}, failures: map[string]int{}}
+	for _, transport := range []string{"quic", "tls"} {
+		s.tunnels = append(s.tunnels, alice.Connect("db.internal:5432", "--transport", transport))
+	}
+	s.open(t)
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
 	var load sync.WaitGroup
-	for range 4 {
-		load.Go(func() {
-			for {
-				select {
-				case <-stop:
-					return
-				default:
-				}
-				c, err := net.Dial("tcp", tun.Local)
-				if err == nil {
-					err = stack.Echo(c, "load")
-					c.Close()
-				}
-				if opened.Add(1); err != nil {
-					failed.Add(1)
-				}
-			}
-		})
+	for i := range 4 {
+		load.Go(func() { s.load(ctx, t, s.tunnels[i%2]) })
 	}
 	restarts := 0
-	for end := time.Now().Add(*duration); time.Now().Before(end); restarts++ {
-		name := []string{"cached", "policyd", "authd", "gateway"}[rand.IntN(4)]
-		w.Restart(name, syscall.SIGTERM)
-		stack.Eventually(t, 20*time.Second, func() error {
-			c, err := net.Dial("tcp", tun.Local)
-			if err != nil {
-				return err
+	for end := time.Now().Add(*duration); time.Now().Before(end); {
+		for _, i := range rand.Perm(len(soakDaemons)) {
+			name := soakDaemons[i]
+			s.restart(t, name)
+			restarts++
+			if name == "gateway" {
+				s.open(t)
+			} else if err := s.echoAll(); err != nil {
+				t.Errorf("after a restart of %s an open connection is gone: %v", name, err)
+				s.open(t)
 			}
-			defer c.Close()
-			return stack.Echo(c, "up again")
-		})
-		if r := bob.Run("connect", "--stdio", "payroll.internal:443"); r.Exit == 0 {
-			t.Errorf("bob was let in after a restart of %s", name)
+			wantExit(t, bob.Run("connect", "--stdio", "payroll.internal:443"), stack.ExitDenied)
 		}
 	}
-	close(stop)
+	stop()
 	load.Wait()
-	if n := w.payroll.Accepted() - allowed; n != 0 {
+	if n := w.payroll.Accepted(); n != 0 {
 		t.Errorf("%d connections reached a service that nobody may use", n)
 	}
-	if r := alice.Run("status", "--check", "ready"); r.Exit != 0 {
-		t.Errorf("alice's session is gone: %+v", r)
+	if now := w.sessions(); !slices.Equal(now, sessions) {
+		t.Errorf("sessions before %q and after %q", sessions, now)
 	}
-	t.Logf("%d restarts, %d connections, %d of them failed while a daemon was away", restarts, opened.Load(), failed.Load())
+	wantExit(t, alice.Run("status", "--check", "ready"), 0)
+	s.tell(t, restarts)
+}
+
+var soakDaemons = []string{"cached", "policyd", "authd", "gateway"}
+
+// soak is the load of TestSoak and what became of it.
+type soak struct {
+	*world
+	tunnels []*stack.Tunnel
+	flows   []net.Conn
+
+	mu                 sync.Mutex
+	away               string         // the daemon that is being restarted
+	attempts, failures map[string]int // of new connections, by that daemon
+}
+
+// sessions are the ids of all live sessions.
+func (w *world) sessions() []string {
+	var ids []string
+	for line := range strings.Lines(w.Operator("sessions", "ls", "--config", w.File).Stdout) {
+		ids = append(ids, strings.Fields(line)[0])
+	}
+	slices.Sort(ids)
+	return ids
+}
+
+// open replaces the open connections by new ones.
+func (s *soak) open(t *testing.T) {
+	t.Helper()
+	for _, c := range s.flows {
+		c.Close()
+	}
+	s.flows = nil
+	for i := range soakFlows {
+		c, err := net.Dial("tcp", s.tunnels[i%2].Local)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.flows = append(s.flows, c)
+	}
+	t.Cleanup(func() {
+		for _, c := range s.flows {
+			c.Close()
+		}
+	})
+	if err := s.echoAll(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// echoAll sends a line through every open connection.
+func (s *soak) echoAll() error {
+	var all errgroup.Group
+	all.SetLimit(50)
+	for i, c := range s.flows {
+		all.Go(func() error { return stack.Echo(c, fmt.Sprintf("flow %d", i)) })
+	}
+	return all.Wait()
+}
+
+// load opens one connection after the other until ctx ends.
+func (s *soak) load(ctx context.Context, t *testing.T, tun *stack.Tunnel) {
+	pace := time.NewTicker(10 * time.Millisecond)
+	defer pace.Stop()
+	for ctx.Err() == nil {
+		before := s.gone()
+		err := dialEcho(tun, "load")
+		away := before
+		if away == "" {
+			away = s.gone()
+		}
+		s.count(away, err)
+		if err != nil && away != "policyd" && away != "gateway" {
+			t.Errorf("a new connection failed with %q away: %v", away, err)
+		}
+		<-pace.C
+	}
+}
+
+func (s *soak) gone() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.away
+}
+
+func (s *soak) count(away string, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.attempts[away]++
+	if err != nil {
+		s.failures[away]++
+	}
+}
+
+// restart restarts the daemon, and returns when new connections work again.
+func (s *soak) restart(t *testing.T, name string) {
+	t.Helper()
+	s.setAway(name)
+	s.Restart(name, syscall.SIGTERM)
+	for _, tun := range s.tunnels {
+		stack.Eventually(t, 20*time.Second, func() error {
+			err := dialEcho(tun, "up again")
+			if errors.Is(err, syscall.ECONNREFUSED) {
+				t.Fatalf("the port is closed: %v", err)
+			}
+			return err
+		})
+	}
+	s.setAway("")
+}
+
+func (s *soak) setAway(name string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.away = name
+}
+
+func (s *soak) tell(t *testing.T, restarts int) {
+	t.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	attempts, failures := 0, 0
+	for _, name := range slices.Sorted(maps.Keys(s.attempts)) {
+		attempts, failures = attempts+s.attempts[name], failures+s.failures[name]
+		t.Logf("%-8s away: %d new connections, %d failed", name, s.attempts[name], s.failures[name])
+	}
+	t.Logf("%d restarts under %d flows: %d new connections, %.2f %% failed", restarts, soakFlows, attempts, 100*float64(failures)/float64(attempts))
 }

@@ -157,7 +157,11 @@ func (f *follower) heartbeat(snap *snapshot, rev sallyport.Revision) {
 		f.replay.wake()
 		return
 	}
+	age := f.sourceAge()
 	f.confirm()
+	if age < 0 || age > 2*noticeEvery {
+		f.fanout.wake() // gateways refuse until they hear that the records are current again
+	}
 }
 
 // report logs and audits what could not be used.

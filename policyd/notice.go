@@ -61,6 +61,20 @@ func (f *fanout) tell(changes []sallyport.SubjectChange) {
 		for _, c := range changes {
 			w.add(c)
 		}
+	}
+	f.wakeAll()
+}
+
+// wake has every watcher send a notice now.
+func (f *fanout) wake() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.wakeAll()
+}
+
+// wakeAll is wake with mu held.
+func (f *fanout) wakeAll() {
+	for w := range f.watchers {
 		select {
 		case w.wake <- struct{}{}:
 		default:
@@ -145,8 +159,8 @@ func (s *Server) notice(w *watcher, last *sallyport.Notice) (n sallyport.Notice,
 		return n, trust, forbidden
 	}
 	n.Epoch, n.Revision = snap.epoch, snap.revision
-	if snap.trust != trust {
-		n.Trust, trust = snap.trust, snap.trust
+	if next := snap.believed(trust, time.Now()); next != trust {
+		n.Trust, trust = next, next
 	}
 	if snap.rules != nil {
 		n.PolicyRevision = snap.rules.revision
@@ -155,4 +169,18 @@ func (s *Server) notice(w *watcher, last *sallyport.Notice) (n sallyport.Notice,
 		}
 	}
 	return n, trust, forbidden
+}
+
+// believed returns what gateways are to believe at now: told itself where that is
+// what they have been told. Retirement needs no record: policyd's clock decides it,
+// as it decides everything else.
+func (s *snapshot) believed(told *sallyport.Trust, now time.Time) *sallyport.Trust {
+	if s.trust == nil {
+		return told
+	}
+	bundle := s.trust.Believed(now)
+	if told != nil && told.SessionCAs == bundle {
+		return told
+	}
+	return &sallyport.Trust{SessionCAs: bundle}
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"sallyport"
+	"sallyport/internal/tlsid"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -51,6 +52,71 @@ func TestFirstNoticeAndTrust(t *testing.T) {
 			t.Errorf("told trust %q and %d forbidden addresses; want pem2 once", trust, forbidden)
 		}
 	})
+}
+
+// A session CA that retires is taken out of the bundle at its time, with nothing
+// written and cached away.
+func TestCase_O1_RetiredSessionCAIsTakenBack(t *testing.T) {
+	inSite(t, Config{}, routes, func(t *testing.T, s *site) {
+		newest, earlier := sessionCA(t), sessionCA(t)
+		gateway := s.watch()
+		s.put(sallyport.KindTrust, "current", sallyport.Trust{
+			SessionCAs: string(newest.PEM()) + string(earlier.PEM()),
+			Terms:      map[string]sallyport.TrustTerm{sallyport.CertificateID(earlier.Certificate().Raw): {Retires: time.Now().Add(10 * time.Second)}},
+		})
+		told := func() (bundles []string) {
+			for _, n := range gateway.take() {
+				if n.Trust != nil {
+					bundles = append(bundles, n.Trust.SessionCAs)
+				}
+			}
+			return bundles
+		}
+		pass(9 * time.Second)
+		if got := told(); len(got) != 2 || got[1] != string(newest.PEM())+string(earlier.PEM()) {
+			t.Errorf("told %q; want the first bundle and both CAs", got)
+		}
+		s.link.setDown(true)
+		pass(2 * time.Second)
+		if got := told(); len(got) != 1 || got[0] != string(newest.PEM()) {
+			t.Errorf("told %q; want the newest CA alone", got)
+		}
+		if n := s.watch().take()[0]; n.Trust == nil || n.Trust.SessionCAs != string(newest.PEM()) {
+			t.Errorf("a gateway that joins is told %+v", n.Trust)
+		}
+	})
+}
+
+// A gateway learns that cached is back with the heartbeat that says so, not with
+// the notice of the next second.
+func TestCase_M4_RecoveryIsToldAtOnce(t *testing.T) {
+	inSite(t, Config{}, routes, func(t *testing.T, s *site) {
+		gateway := s.watch()
+		s.link.setDown(true)
+		pass(10*time.Second + 300*time.Millisecond)
+		gateway.take()
+		s.link.setDown(false)
+		for range 40 {
+			pass(100 * time.Millisecond)
+			if s.sourceAge() > time.Second {
+				continue
+			}
+			if all := gateway.take(); len(all) == 0 || all[len(all)-1].SourceAge > time.Second {
+				t.Errorf("policyd knows that cached is back, and its gateway is told %+v", all)
+			}
+			return
+		}
+		t.Error("policyd does not notice that cached is back")
+	})
+}
+
+func sessionCA(t *testing.T) *tlsid.CA {
+	t.Helper()
+	ca, err := tlsid.NewCA("session-ca", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ca
 }
 
 // A gateway that joins before policyd knows anything learns that, and then the

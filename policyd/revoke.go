@@ -18,9 +18,8 @@ import (
 const (
 	maxSubjects  = 1_000           // of one revocation
 	maxSubjectID = 255             // bytes of an id; those of users are the longest
-	replayBatch  = 1_000           // ops written to cached at once
 	durableWait  = 2 * time.Second // how long Revoke waits for cached
-	replayLimit  = 5 * time.Second // of one write to cached
+	replayLimit  = 5 * time.Second // of one call to cached
 )
 
 // overrides are the direct revocations that the snapshot does not show yet. A
@@ -254,76 +253,29 @@ func (s *Server) replayAll(ctx context.Context) error {
 	}
 }
 
-// replayOnce writes what the pending overrides mean for today's snapshot.
+// replayOnce has cached revoke what is pending. Only cached knows all that there is
+// to end: a session that was made a moment ago may still be on its way to us.
 func (s *Server) replayOnce(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, replayLimit)
 	defer cancel()
 	snap := s.snap.Load()
-	var open []*override
-	for _, o := range s.revoked.Load().all {
-		if !o.isWritten() {
-			open = append(open, o)
+	open := slices.DeleteFunc(slices.Clone(s.revoked.Load().all), (*override).isWritten)
+	for batch := range slices.Chunk(open, maxSubjects) {
+		r := sallyport.Revocation{By: "policyd", Reason: "direct revocation"}
+		for _, o := range batch {
+			r.Subjects = append(r.Subjects, o.subject)
 		}
-	}
-	rev := snap.revision
-	for batch := range slices.Chunk(snap.withdraw(newOverrides(open)), replayBatch) {
-		got, err := s.records.Apply(ctx, batch)
+		done, err := s.records.Revoke(ctx, r)
 		if err != nil {
 			return err
 		}
-		rev = max(rev, got)
-	}
-	for _, o := range open {
-		o.epoch, o.revision = snap.epoch, rev
-		close(o.done)
+		for _, o := range batch {
+			o.epoch, o.revision = snap.epoch, max(snap.revision, done.Revision)
+			close(o.done)
+		}
 	}
 	s.settle(s.snap.Load())
 	return nil
-}
-
-// withdraw returns the ops that end what o names, for good: the same as cached's
-// own revocation.
-func (s *snapshot) withdraw(o *overrides) []sallyport.Op {
-	logins := map[sallyport.LoginID]struct{}{}
-	var ops []sallyport.Op
-	for subject := range o.subjects { // also those that cached has not told us of yet
-		switch _, known := s.sessions.get(subject.ID); {
-		case subject.Kind == sallyport.SubjectLogin:
-			logins[sallyport.LoginID(subject.ID)] = struct{}{}
-		case subject.Kind == sallyport.SubjectSession && !known:
-			ops = append(ops, sallyport.Op{Kind: sallyport.KindSession, ID: subject.ID, Delete: true})
-		}
-	}
-	for l := range s.logins.all() {
-		if o.has(sallyport.SubjectUser, string(l.value.user.Value())) {
-			logins[sallyport.LoginID(l.id)] = struct{}{}
-		}
-	}
-	for ses := range s.sessions.all() {
-		if device := ses.value.device.Value(); device != "" && o.has(sallyport.SubjectDevice, string(device)) {
-			logins[ses.value.login] = struct{}{}
-		}
-	}
-	for ses := range s.sessions.all() {
-		_, ended := logins[ses.value.login]
-		if ended || o.has(sallyport.SubjectSession, ses.id) || o.has(sallyport.SubjectUser, string(ses.value.user.Value())) {
-			ops = append(ops, sallyport.Op{Kind: sallyport.KindSession, ID: ses.id, Delete: true})
-		}
-	}
-	delete(logins, "") // of a session that names none
-	for id := range logins {
-		ops = append(ops, sallyport.Op{Kind: sallyport.KindLogin, ID: string(id), Delete: true})
-	}
-	for d := range s.devices.all() {
-		if o.has(sallyport.SubjectDevice, d.id) && !d.value.Revoked {
-			device := d.value
-			device.Revoked = true
-			op := sallyport.Put(sallyport.KindDevice, d.id, device)
-			op.Expires, op.If = d.expires.time(), sallyport.Condition{Revision: d.revision}
-			ops = append(ops, op)
-		}
-	}
-	return ops
 }
 
 // settle drops overrides that snap shows. In another epoch than the one they

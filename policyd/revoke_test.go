@@ -128,20 +128,33 @@ func TestDirectRevocationWithCachedInReach(t *testing.T) {
 	})
 }
 
-// What cached knows and has not told yet is revoked there too.
-func TestDirectRevocationOfWhatIsOnItsWay(t *testing.T) {
-	for _, kind := range []sallyport.SubjectKind{sallyport.SubjectSession, sallyport.SubjectLogin} {
-		inSite(t, Config{}, routes, func(t *testing.T, s *site) {
-			thaw := s.link.freeze()
-			s.signIn("u1", "l7", "s7", s.device)
-			id := map[sallyport.SubjectKind]string{sallyport.SubjectSession: "s7", sallyport.SubjectLogin: "l7"}[kind]
-			if _, err := s.Revoke(t.Context(), subject(kind, id)); err != nil {
-				t.Fatal(err)
-			}
-			thaw()
-			pass(3 * time.Second)
-			s.want("s7", db, sallyport.VerdictLogin)
-			s.want("s1", db, sallyport.VerdictAllow)
+// What cached knows and has not told yet is revoked there too: a session that was
+// made milliseconds before, by whatever it is named.
+func TestCase_M4_DirectRevocationOfWhatIsOnItsWay(t *testing.T) {
+	for _, tt := range []struct {
+		kind   sallyport.SubjectKind
+		id     string
+		others sallyport.Verdict
+	}{
+		{"session", "s7", sallyport.VerdictAllow},
+		{"login", "l7", sallyport.VerdictAllow},
+		{"user", "u1", sallyport.VerdictLogin},
+		{"device", "d7", sallyport.VerdictAllow},
+	} {
+		t.Run(string(tt.kind), func(t *testing.T) {
+			inSite(t, Config{}, routes, func(t *testing.T, s *site) {
+				thaw := s.link.freeze()
+				s.signIn("u1", "l7", "s7", "d7")
+				if _, err := s.Revoke(t.Context(), subject(tt.kind, tt.id)); err != nil {
+					t.Fatal(err)
+				}
+				thaw()
+				for range 3 {
+					pass(time.Second)
+					s.want("s7", db, sallyport.VerdictLogin)
+				}
+				s.want("s1", db, tt.others)
+			})
 		})
 	}
 }
@@ -164,15 +177,15 @@ func TestRevocationBeforeTheFirstSnapshot(t *testing.T) {
 		})
 		pass(3 * time.Second)
 		log.set(nil, false)
-		// cached takes no writes, so its word never counts and nothing is answered.
+		// cached takes no revocation, so its word never counts and nothing is answered.
 		s.refused("policy.stale")
 	})
 }
 
 type stuckScript struct{ *script }
 
-func (*stuckScript) Apply(context.Context, []sallyport.Op) (sallyport.Revision, error) {
-	return 0, errCut
+func (*stuckScript) Revoke(context.Context, sallyport.Revocation) (sallyport.Revoked, error) {
+	return sallyport.Revoked{}, errCut
 }
 
 func TestRevocationOfNothing(t *testing.T) {

@@ -16,11 +16,17 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
+// Cached is what policyd needs of cached.
+type Cached interface {
+	sallyport.Records
+	sallyport.Revoker
+}
+
 // Deps is what a Server works with.
 type Deps struct {
-	// Records is cached: watched for everything, written for posture reports and
-	// direct revocations. Required.
-	Records sallyport.Records
+	// Records is cached: watched for everything, written for posture reports, and
+	// told of direct revocations. Required.
+	Records Cached
 	// Audit gets every decision before it is answered. Required.
 	Audit sallyport.Auditor
 	// Known finds policies that this process has read already, by their text; nil:
@@ -37,7 +43,7 @@ type Deps struct {
 // complete snapshot.
 type Server struct {
 	cfg     Config
-	records sallyport.Records
+	records Cached
 	audit   sallyport.Auditor
 	log     logging.Logger
 	metrics metrics

@@ -237,7 +237,7 @@ func TestCase_M1_noAnswerBeforeACompleteSnapshot(t *testing.T) {
 
 // script plays events to whoever watches, and keeps the stream open afterwards.
 type script struct {
-	sallyport.Records // the other methods are not called
+	Cached // the other methods are not called
 
 	mu     sync.Mutex
 	events []sallyport.WatchEvent

@@ -67,7 +67,7 @@ func newSite(t *testing.T, cfg Config) *site {
 	return s
 }
 
-func startPolicyd(t *testing.T, cfg Config, records sallyport.Records, audit sallyport.Auditor) *Server {
+func startPolicyd(t *testing.T, cfg Config, records Cached, audit sallyport.Auditor) *Server {
 	t.Helper()
 	s, err := New(cfg, Deps{Records: records, Audit: audit, Log: logging.Discard(), Metrics: telemetry.NewRegistry()})
 	if err != nil {
@@ -197,7 +197,7 @@ func (s *site) signed(key *ecdsa.PrivateKey, session sallyport.SessionID, at tim
 
 // link stands between policyd and cached and can be cut and frozen.
 type link struct {
-	records sallyport.Records
+	records Cached
 
 	mu      sync.Mutex
 	down    bool
@@ -208,7 +208,7 @@ type link struct {
 	stuck   bool // streams, and does not write
 }
 
-func newLink(r sallyport.Records) *link { return &link{records: r, cut: make(chan struct{})} }
+func newLink(r Cached) *link { return &link{records: r, cut: make(chan struct{})} }
 
 var errCut = errors.New("the link is cut")
 
@@ -269,6 +269,19 @@ func (l *link) Apply(ctx context.Context, batch []sallyport.Op) (sallyport.Revis
 		return 0, errCut
 	}
 	return l.records.Apply(ctx, batch)
+}
+
+func (l *link) Revoke(ctx context.Context, r sallyport.Revocation) (sallyport.Revoked, error) {
+	if down, _, _ := l.state(); down {
+		return sallyport.Revoked{}, errCut
+	}
+	l.mu.Lock()
+	stuck := l.stuck
+	l.mu.Unlock()
+	if stuck {
+		return sallyport.Revoked{}, errCut
+	}
+	return l.records.Revoke(ctx, r)
 }
 
 func (l *link) writes() int {

@@ -42,6 +42,8 @@ const Domain = "corp.example"
 type Site struct {
 	// CertificateLife of sessions; 0: an hour.
 	CertificateLife time.Duration
+	// NamesNoGateways is how an authd renews whose configuration is gone.
+	NamesNoGateways bool
 
 	// AuthdURL and GatewayURL are known after Start.
 	AuthdURL   string
@@ -258,7 +260,7 @@ func (s *Site) token(w http.ResponseWriter, r *http.Request) {
 	}
 	s.live[id] = key
 	s.mu.Unlock()
-	s.grant(w, id, req.CSR)
+	s.grant(w, id, req.CSR, s.gateways())
 }
 
 func (s *Site) renew(w http.ResponseWriter, r *http.Request) {
@@ -275,7 +277,11 @@ func (s *Site) renew(w http.ResponseWriter, r *http.Request) {
 		connect.WriteProblem(w, connect.Problem{Status: http.StatusUnauthorized, Code: connect.ProblemLogin, Detail: "the session is over"})
 		return
 	}
-	s.grant(w, req.Session, req.CSR)
+	gateways := s.gateways()
+	if s.NamesNoGateways {
+		gateways = nil
+	}
+	s.grant(w, req.Session, req.CSR, gateways)
 }
 
 func (s *Site) logout(w http.ResponseWriter, r *http.Request) {
@@ -293,7 +299,11 @@ func refuse(w http.ResponseWriter, code string) {
 	connect.WriteProblem(w, connect.Problem{Status: http.StatusBadRequest, Code: code, Detail: "the login was refused"})
 }
 
-func (s *Site) grant(w http.ResponseWriter, id sallyport.SessionID, csr []byte) {
+func (s *Site) gateways() []sallyport.GatewayInfo {
+	return []sallyport.GatewayInfo{{Name: "test", URL: s.GatewayURL, CA: string(s.CA())}}
+}
+
+func (s *Site) grant(w http.ResponseWriter, id sallyport.SessionID, csr []byte, gateways []sallyport.GatewayInfo) {
 	life := s.CertificateLife
 	if life == 0 {
 		life = time.Hour
@@ -306,7 +316,7 @@ func (s *Site) grant(w http.ResponseWriter, id sallyport.SessionID, csr []byte) 
 	json.NewEncoder(w).Encode(login.Grant{
 		Session: id, User: "u-alice", Email: "alice@corp.example", Name: "Alice", Domain: Domain,
 		Certificate: chain, RenewIn: life / 2, ExpiresIn: 12 * time.Hour,
-		Gateways: []sallyport.GatewayInfo{{Name: "test", URL: s.GatewayURL, CA: string(s.CA())}},
+		Gateways: gateways,
 	})
 }
 

@@ -112,8 +112,9 @@ func (c *Client) Metadata(ctx context.Context) (wire.Metadata, error) {
 }
 
 // Renew gets the next certificate of a live session. An ended session is an
-// *sallyport.Error of OutcomeLogin.
-func (c *Client) Renew(ctx context.Context, session sallyport.SessionID) (*Session, error) {
+// *sallyport.Error of OutcomeLogin. Where authd names no gateways, because the
+// configuration is gone for the moment, those that are known stay.
+func (c *Client) Renew(ctx context.Context, session sallyport.SessionID, known []sallyport.GatewayInfo) (*Session, error) {
 	fresh, err := newSessionKey()
 	if err != nil {
 		return nil, err
@@ -128,6 +129,9 @@ func (c *Client) Renew(ctx context.Context, session sallyport.SessionID) (*Sessi
 	}
 	if g.Session != session {
 		return nil, badAnswer("another session than the one to renew", nil)
+	}
+	if len(g.Gateways) == 0 {
+		g.Gateways = known
 	}
 	return fresh.session(g)
 }

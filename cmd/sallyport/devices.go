@@ -23,7 +23,8 @@ func devicesCommand() *cobra.Command {
 	}
 	cmd.AddCommand(devicesListCommand(),
 		deviceApprovalCommand("approve", "let policies that ask for an approved device take this one", true),
-		deviceApprovalCommand("disapprove", "take an approval back; what rests on it is cut within a second", false))
+		deviceApprovalCommand("disapprove", "take an approval back; what rests on it is cut within a second", false),
+		deviceReinstateCommand())
 	return cmd
 }
 
@@ -116,9 +117,53 @@ connections are decided again within a second.`,
 	return cmd
 }
 
-// approve changes the device's record as it was read, or not at all: authd may be
-// writing it at this moment.
+func deviceReinstateCommand() *cobra.Command {
+	var call operatorCall
+	cmd := &cobra.Command{
+		Use:   "reinstate DEVICE --config FILE",
+		Short: "let a revoked device log in again, as a new one",
+		Long: `Takes back what "sessions revoke --device" did to the device, once it is in the
+right hands again. It has no session then and is like one that was never seen:
+its user confirms its key at the next login, and an approval is given anew.`,
+		Args: run.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return call.do(cmd, func(ctx context.Context, records *control.Records) error {
+				return reinstate(ctx, records, args[0], cmd.OutOrStdout())
+			})
+		},
+	}
+	run.ConfigFlag(cmd, &call.file)
+	return cmd
+}
+
 func approve(ctx context.Context, records sallyport.Records, id string, approved bool, out io.Writer) error {
+	word := "approved"
+	if !approved {
+		word = "not approved"
+	}
+	return changeDevice(ctx, records, id, word, out, func(d *sallyport.Device) (changed bool, err error) {
+		if approved && d.Revoked {
+			return false, run.Usage("let it log in again first: sallyport devices reinstate "+id, "device %q is revoked", id)
+		}
+		changed = d.Approved != approved
+		d.Approved = approved
+		return changed, nil
+	})
+}
+
+func reinstate(ctx context.Context, records sallyport.Records, id string, out io.Writer) error {
+	return changeDevice(ctx, records, id, "not revoked", out, func(d *sallyport.Device) (changed bool, err error) {
+		changed = d.Revoked
+		if changed {
+			d.Revoked, d.Approved, d.Users = false, false, nil
+		}
+		return changed, nil
+	})
+}
+
+// changeDevice changes the device's record as it was read, or not at all: authd may
+// be writing it at this moment. word is what the device is afterwards.
+func changeDevice(ctx context.Context, records sallyport.Records, id, word string, out io.Writer, change func(*sallyport.Device) (changed bool, err error)) error {
 	r, err := records.Get(ctx, sallyport.KindDevice, id)
 	if errors.Is(err, sallyport.ErrNotFound) {
 		return run.Usage("list them with: sallyport devices ls", "there is no device %q", id)
@@ -130,18 +175,14 @@ func approve(ctx context.Context, records sallyport.Records, id string, approved
 	if err != nil {
 		return err
 	}
-	if approved && d.Revoked {
-		return run.Usage("an approval would change nothing: a revoked device has no session", "device %q is revoked", id)
+	changed, err := change(&d)
+	if err != nil {
+		return err
 	}
-	word := "approved"
-	if !approved {
-		word = "not approved"
-	}
-	if d.Approved == approved {
+	if !changed {
 		_, err := fmt.Fprintf(out, "%s is %s already\n", id, word)
 		return err
 	}
-	d.Approved = approved
 	op := sallyport.Put(sallyport.KindDevice, id, d)
 	op.Expires, op.If = r.Expires, sallyport.Condition{Revision: r.Revision}
 	rev, err := records.Apply(ctx, []sallyport.Op{op})

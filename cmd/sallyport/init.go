@@ -15,19 +15,25 @@ import (
 )
 
 func initCommand() *cobra.Command {
-	var file string
+	var file, replace string
 	cmd := &cobra.Command{
-		Use:   "init --config FILE",
+		Use:   "init --config FILE [--rotate session-ca]",
 		Short: "make keys and certificates for daemons that run apart",
 		Long: `Makes the CAs, keys and service certificates of DESIGN section 3 in data_dir,
 and says which daemon needs which file. What exists stays; certificates past half
 of their life are made anew, so run it again within 45 days. Where all daemons
-run on one machine nothing has to be copied. The all-in-one does not need it.`,
+run on one machine nothing has to be copied. The all-in-one does not need it.
+
+--rotate session-ca makes a new CA for session certificates. Daemons take it over
+while they run, and no connection is dropped.`,
 		Args: run.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			f, err := config.Load(file, config.Tool)
 			if err != nil {
 				return err
+			}
+			if replace != "" {
+				return rotate(replace, f, time.Now(), cmd.OutOrStdout())
 			}
 			if err := makeKeys(f, time.Now()); err != nil {
 				return err
@@ -36,6 +42,7 @@ run on one machine nothing has to be copied. The all-in-one does not need it.`,
 		},
 	}
 	run.ConfigFlag(cmd, &file)
+	cmd.Flags().StringVar(&replace, "rotate", "", "replace a `key` by a new one: session-ca")
 	return cmd
 }
 

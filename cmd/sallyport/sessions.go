@@ -129,7 +129,7 @@ which cached is down: that is effective at once, and durable when cached is back
 	}
 	run.ConfigFlag(cmd, &file)
 	cmd.Flags().StringArrayVar(&r.users, "user", nil, "all sessions of the user with this `id or e-mail` address")
-	cmd.Flags().StringArrayVar(&r.devices, "device", nil, "all sessions of the device `id`, which then needs approval by its user again")
+	cmd.Flags().StringArrayVar(&r.devices, "device", nil, "all sessions of the device `id`, which cannot log in until: sallyport devices reinstate")
 	cmd.Flags().StringArrayVar(&r.sessions, "session", nil, "the session `id`")
 	cmd.Flags().StringArrayVar(&r.logins, "login", nil, "all sessions of the login `id`")
 	cmd.Flags().StringVar(&r.reason, "reason", "", "`text` for the audit log")

@@ -41,7 +41,9 @@ type Config struct {
 	// Policyd, Session, Gateway, Audit are merged into those sections.
 	Policyd, Session, Gateway, Audit map[string]any
 	ExplainGroups                    bool
-	LogLevel                         string // of the daemons; empty: debug
+	// Links puts a Link before cached, policyd and authd, where they run apart.
+	Links    bool
+	LogLevel string // of the daemons; empty: debug
 }
 
 // User is somebody who can log in.
@@ -74,6 +76,7 @@ type Stack struct {
 	ports map[string]string // real addresses, filled in once they are known
 	procs map[string]*Process
 	ready map[string]Ready
+	links map[string]*Link // by the daemon behind it
 }
 
 // Ready is a ready line.
@@ -97,6 +100,12 @@ func Start(t testing.TB, mode Mode, cfg Config) *Stack {
 	s := &Stack{
 		T: t, Mode: mode, Dir: dir, File: filepath.Join(dir, "sallyport.yaml"), cfg: cfg,
 		ports: map[string]string{}, procs: map[string]*Process{}, ready: map[string]Ready{},
+	}
+	if cfg.Links {
+		s.links = map[string]*Link{}
+		for _, name := range []string{"cached", "policyd", "authd"} {
+			s.links[name] = NewLink(t, func() string { return s.port(name) })
+		}
 	}
 	t.Cleanup(s.Stop)
 	s.write()
@@ -331,17 +340,27 @@ func (s *Stack) listen(name string) string {
 	return "127.0.0.1:0"
 }
 
-// known is the daemon's address; a placeholder before it runs.
+// known is where others find the daemon; a placeholder before it runs.
 func (s *Stack) known(name string) string {
-	if addr := s.ports[name]; addr != "" {
-		return addr
+	if link := s.links[name]; link != nil {
+		return link.Addr
 	}
-	return "127.0.0.1:1"
+	return cmp.Or(s.ports[name], "127.0.0.1:1")
+}
+
+// Link is the network before the daemon, of a stack with Links.
+func (s *Stack) Link(name string) *Link { return s.links[name] }
+
+// port is the daemon's own address.
+func (s *Stack) port(name string) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ports[name]
 }
 
 func (s *Stack) public(host, name string) string {
 	u := url.URL{Scheme: "https", Host: host + ":0"}
-	if addr := s.ports[name]; addr != "" {
+	if addr := s.known(name); s.ports[name] != "" || s.links[name] != nil {
 		_, port, _ := strings.Cut(addr, ":")
 		u.Host = host + ":" + port
 	}

@@ -104,15 +104,10 @@ func (c *Client) fetchProvider(ctx context.Context) (*provider, error) {
 	}
 	return &provider{
 		oauth: oauth2.Config{
-			ClientID:     c.cfg.ClientID,
-			ClientSecret: c.cfg.ClientSecret,
-			RedirectURL:  c.cfg.RedirectURL,
-			Scopes:       append([]string{oidc.ScopeOpenID}, c.cfg.Scopes...),
-			Endpoint: oauth2.Endpoint{
-				AuthURL:   endpoint.AuthURL,
-				TokenURL:  endpoint.TokenURL,
-				AuthStyle: c.authStyle(m.AuthMethods),
-			},
+			ClientID:    c.cfg.ClientID,
+			RedirectURL: c.cfg.RedirectURL,
+			Scopes:      append([]string{oidc.ScopeOpenID}, c.cfg.Scopes...),
+			Endpoint:    oauth2.Endpoint{AuthURL: endpoint.AuthURL, TokenURL: endpoint.TokenURL},
 		},
 		metadata: m,
 		userinfo: found.UserInfoEndpoint(),
@@ -123,8 +118,8 @@ func (c *Client) fetchProvider(ctx context.Context) (*provider, error) {
 
 // authStyle picks the one way to show the client secret. Left alone, x/oauth2
 // tries both, and a provider burns the code at the first.
-func (c *Client) authStyle(methods []string) oauth2.AuthStyle {
-	if c.cfg.ClientSecret == "" {
+func authStyle(secret string, methods []string) oauth2.AuthStyle {
+	if secret == "" {
 		return oauth2.AuthStyleInParams
 	}
 	post := false

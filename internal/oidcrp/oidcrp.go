@@ -35,7 +35,7 @@ type Config struct {
 	// or http on a loopback address.
 	Issuer       string
 	ClientID     string
-	ClientSecret string // empty: a public client
+	ClientSecret string // empty: a public client; see SetClientSecret
 	RedirectURL  string
 	// Scopes to ask for beside openid.
 	Scopes []string
@@ -87,6 +87,7 @@ type Client struct {
 	http *http.Client
 
 	provider atomic.Pointer[provider] // nil until discovery succeeded
+	secret   atomic.Pointer[string]   // the client secret in use
 
 	discovery struct {
 		sync.Mutex               // one discovery at a time
@@ -97,7 +98,7 @@ type Client struct {
 
 // provider is what discovery found. It never changes.
 type provider struct {
-	oauth    oauth2.Config
+	oauth    oauth2.Config // without the client secret, which may change
 	metadata metadata
 	userinfo string
 	algs     []string
@@ -116,9 +117,14 @@ func New(cfg Config) (*Client, error) {
 		cfg.Now = time.Now
 	}
 	c := &Client{cfg: cfg, http: newHTTPClient(cfg.Transport, &tls.Config{RootCAs: cfg.RootCAs})}
+	c.SetClientSecret(cfg.ClientSecret)
 	c.discovery.limit = rate.NewLimiter(rate.Every(2*time.Second), 2)
 	return c, nil
 }
+
+// SetClientSecret replaces the client secret. Codes that are redeemed from now on
+// are redeemed with it, also those of logins that have begun.
+func (c *Client) SetClientSecret(secret string) { c.secret.Store(&secret) }
 
 // Flow is what one login must remember between Begin and Finish. State may be
 // seen by the browser; Nonce and Verifier must not be.
@@ -204,7 +210,10 @@ func (c *Client) Finish(ctx context.Context, flow Flow, cb Callback) (Identity, 
 // exchange redeems the code at the token endpoint and returns the tokens and the
 // raw ID token.
 func (c *Client) exchange(ctx context.Context, p *provider, flow Flow, code string) (*oauth2.Token, string, error) {
-	token, err := p.oauth.Exchange(oidc.ClientContext(ctx, c.http), code, oauth2.VerifierOption(flow.Verifier))
+	conf := p.oauth
+	conf.ClientSecret = *c.secret.Load()
+	conf.Endpoint.AuthStyle = authStyle(conf.ClientSecret, p.metadata.AuthMethods)
+	token, err := conf.Exchange(oidc.ClientContext(ctx, c.http), code, oauth2.VerifierOption(flow.Verifier))
 	if err != nil {
 		return nil, "", exchangeError(err)
 	}

@@ -94,6 +94,9 @@ func (ca *CA) Save(certFile, keyFile string) error {
 // Certificate returns the CA's own certificate.
 func (ca *CA) Certificate() *x509.Certificate { return ca.cert }
 
+// Made returns when NewCA made it.
+func (ca *CA) Made() time.Time { return ca.cert.NotBefore.Add(BackDate) }
+
 // Signer returns the CA's key, for issuers of other kinds of certificates.
 func (ca *CA) Signer() crypto.Signer { return ca.key }
 

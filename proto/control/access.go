@@ -1,7 +1,6 @@
 package control
 
 import (
-	"encoding/json"
 	"fmt"
 	"strings"
 
@@ -71,34 +70,19 @@ func authdWrites(request any) error {
 	})
 }
 
-// policydWrites lets policyd store what agents report, and replay what was
-// revoked at it (policyd's withdraw): it can end sessions, and create none.
+// policydWrites lets policyd store what agents report. What was revoked at it, it
+// has cached revoke.
 func policydWrites(request any) error {
 	return eachOp(request, func(op *pb.Op) error {
 		switch kind := sallyport.Kind(op.GetKind()); kind {
 		case sallyport.KindPosture:
 			return nil
-		case sallyport.KindDevice:
-			if op.GetDelete() || !revoked(op) {
-				return fmt.Errorf("policyd may only revoke a %s", kind)
-			}
-			return nil
-		case sallyport.KindSession, sallyport.KindLogin:
-			if !op.GetDelete() {
-				return fmt.Errorf("policyd may only delete records of kind %s", kind)
-			}
-			return nil
 		case sallyport.KindAuditHead:
 			return ownHead(KindPolicyd, op)
+		default:
+			return fmt.Errorf("policyd may not write records of kind %.40q", kind)
 		}
-		return fmt.Errorf("policyd may not write records of kind %.40q", op.GetKind())
 	})
-}
-
-// revoked reports whether op leaves a device behind that is marked revoked.
-func revoked(op *pb.Op) bool {
-	var d sallyport.Device
-	return json.Unmarshal(op.GetPayload(), &d) == nil && d.Revoked
 }
 
 // ownHead lets a daemon vouch for its own audit chain, or that of another of its

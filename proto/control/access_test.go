@@ -84,14 +84,14 @@ func TestAccessLooksAtRequests(t *testing.T) {
 		ok      bool
 	}{
 		{KindPolicyd, pb.Records_Apply_FullMethodName, apply(sallyport.KindPosture, false), true},
-		{KindPolicyd, pb.Records_Apply_FullMethodName, apply(sallyport.KindSession, true), true},
+		{KindPolicyd, pb.Records_Apply_FullMethodName, apply(sallyport.KindSession, true), false},
 		{KindPolicyd, pb.Records_Apply_FullMethodName, apply(sallyport.KindSession, false), false},
 		{KindPolicyd, pb.Records_Apply_FullMethodName, apply(sallyport.KindLogin, false), false},
 		{KindPolicyd, pb.Records_Apply_FullMethodName, apply(sallyport.KindDirectoryUser, false), false},
 		{KindPolicyd, pb.Records_Apply_FullMethodName, apply(sallyport.KindConfig, false), false},
 		{KindPolicyd, pb.Records_Apply_FullMethodName, apply(sallyport.KindTrust, false), false},
 		{KindPolicyd, pb.Records_Apply_FullMethodName, apply(sallyport.KindUser, false), false},
-		{KindPolicyd, pb.Records_Apply_FullMethodName, device(`{"id":"d","revoked":true}`, false), true},
+		{KindPolicyd, pb.Records_Apply_FullMethodName, device(`{"id":"d","revoked":true}`, false), false},
 		{KindPolicyd, pb.Records_Apply_FullMethodName, device(`{"id":"d","approved":true}`, false), false},
 		{KindPolicyd, pb.Records_Apply_FullMethodName, device(``, true), false},
 		{KindPolicyd, pb.Records_Get_FullMethodName, get(sallyport.KindSession), true},

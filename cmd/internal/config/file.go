@@ -436,7 +436,7 @@ func Changed(before, after *File) (changed, fixed []string) {
 }
 
 // reloadable are the keys that take effect without a restart.
-var reloadable = []string{"routes", "gateways", "explain_groups", "policyd.posture_sources", "policyd.posture_ttl", "authd.users", "authd.session"}
+var reloadable = []string{"routes", "gateways", "explain_groups", "policyd.posture_sources", "policyd.posture_ttl", "authd.users", "authd.session", "authd.idp.client_secret_file"}
 
 // fixedKeys returns the differing keys below a section that need a restart.
 func fixedKeys(key string, a, b reflect.Value) []string {

@@ -22,6 +22,7 @@ import (
 // a file name in it.
 //
 //	keys/{internal-ca,public-ca,session-ca}.{crt,key}  one CA, one purpose
+//	keys/session-ca-previous.{crt,key}                 the one before, after a rotation
 //	keys/{records,seal,reset}.key                      32 random bytes each
 //	keys/audit-<daemon>.{key,pub}                      Ed25519, signs audit heads
 //	svc/<kind>.{crt,key}                               daemon to daemon
@@ -42,6 +43,8 @@ const (
 	InternalCA = "internal-ca" // signs service certificates
 	PublicCA   = "public-ca"   // signs public listeners that have no certificate of their own
 	SessionCA  = "session-ca"  // signs session certificates
+
+	previousSessionCA = "session-ca-previous" // signs until gateways know SessionCA
 
 	RecordsKey = "records" // MACs of records at rest
 	SealKey    = "seal"    // encrypts IdP tokens at rest
@@ -94,8 +97,8 @@ func (l Layout) FilesOf(who string) []string {
 	case "cached":
 		files = append(files, l.secret(RecordsKey))
 	case "authd":
-		sessionCert, sessionKey := l.CAPair(SessionCA)
-		files = append(files, sessionCert, sessionKey, l.secret(SealKey))
+		files = append(files, l.sessionCAFiles()...)
+		files = append(files, l.secret(SealKey))
 	}
 	if who == "gateway" {
 		files = append(files, l.secret(ResetKey))
@@ -115,6 +118,61 @@ func (l Layout) CA(name string) (*tlsid.CA, error) {
 		return nil, Missing(err)
 	}
 	return ca, nil
+}
+
+// SessionCAs loads the session CA and, where a rotation has left one, the one
+// before it, in this order.
+func (l Layout) SessionCAs() ([]*tlsid.CA, error) {
+	newest, err := l.CA(SessionCA)
+	if err != nil {
+		return nil, err
+	}
+	if cert, _ := l.CAPair(previousSessionCA); !exists(cert) {
+		return []*tlsid.CA{newest}, nil
+	}
+	previous, err := l.CA(previousSessionCA)
+	if err != nil {
+		return nil, err
+	}
+	return []*tlsid.CA{newest, previous}, nil
+}
+
+// RotateSessionCA makes a new session CA and keeps the one in force as the
+// previous one. At no moment is there none that loads.
+func (l Layout) RotateSessionCA() error {
+	if old, err := l.CA(SessionCA); err == nil {
+		if err := old.Save(l.CAPair(previousSessionCA)); err != nil {
+			return err
+		}
+	} else if _, previous := l.CA(previousSessionCA); previous != nil {
+		return err
+	} // else an earlier rotation was cut short between key and certificate
+	next, err := tlsid.NewCA("Sallyport sessions", 0)
+	if err != nil {
+		return err
+	}
+	return next.Save(l.CAPair(SessionCA))
+}
+
+// SessionCAFiles are the files that change with the session CA: certificates,
+// each of which is written after its key.
+func (l Layout) SessionCAFiles() []string {
+	var certs []string
+	for _, name := range []string{SessionCA, previousSessionCA} {
+		cert, _ := l.CAPair(name)
+		certs = append(certs, cert)
+	}
+	return certs
+}
+
+// sessionCAFiles are the files of the session CAs that there are.
+func (l Layout) sessionCAFiles() []string {
+	cert, key := l.CAPair(SessionCA)
+	files := []string{cert, key}
+	if cert, key = l.CAPair(previousSessionCA); exists(cert) {
+		files = append(files, cert, key)
+	}
+	return files
 }
 
 // Secret loads one of the 32-byte keys.

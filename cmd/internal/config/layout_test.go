@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -157,5 +158,56 @@ func remove(t *testing.T, path string) {
 	t.Helper()
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// A rotation keeps the session CA in force beside the new one, and one that was
+// cut short leaves a state that the next one repairs.
+func TestRotateSessionCA(t *testing.T) {
+	l := Layout{Dir: filepath.Join(t.TempDir(), "data")}
+	if err := l.RotateSessionCA(); err == nil {
+		t.Error("there is nothing to rotate")
+	}
+	if err := l.EnsureKeys(); err != nil {
+		t.Fatal(err)
+	}
+	held := func(n int) []string {
+		t.Helper()
+		cas, err := l.SessionCAs()
+		if err != nil || len(cas) != n {
+			t.Fatalf("%d session CAs, %v; want %d", len(cas), err, n)
+		}
+		var all []string
+		for _, ca := range cas {
+			all = append(all, string(ca.PEM()))
+		}
+		return all
+	}
+	first := held(1)
+	if err := l.RotateSessionCA(); err != nil {
+		t.Fatal(err)
+	}
+	second := held(2)
+	if second[1] != first[0] || second[0] == first[0] {
+		t.Error("the one before is not kept")
+	}
+	// Killed between key and certificate: the key is the next one's already.
+	_, publicKey := l.CAPair(PublicCA)
+	other, err := os.ReadFile(publicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, key := l.CAPair(SessionCA)
+	if err := os.WriteFile(key, other, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.RotateSessionCA(); err != nil {
+		t.Fatal(err)
+	}
+	if third := held(2); third[1] != first[0] || third[0] == second[0] {
+		t.Error("the one that signs was lost")
+	}
+	if files := l.FilesOf("authd"); !slices.ContainsFunc(files, func(f string) bool { return filepath.Base(f) == "session-ca-previous.key" }) {
+		t.Errorf("authd's files: %q", files)
 	}
 }

@@ -40,7 +40,7 @@ func or(addr, def string) string {
 }
 
 // Policyd starts the service that decides.
-func Policyd(p *run.Process, records sallyport.Records) (*policyd.Server, error) {
+func Policyd(p *run.Process, records policyd.Cached) (*policyd.Server, error) {
 	auditor, err := p.Audit("policyd", run.KeepHeads(p.Config.Instance("policyd"), records))
 	if err != nil {
 		return nil, err
@@ -83,7 +83,10 @@ func Authd(p *run.Process, l *AuthdListener, records sallyport.Records) (*authd.
 	if err != nil {
 		return nil, err
 	}
-	ca, err := layout.CA(config.SessionCA)
+	p.Watch(func(f *config.File) []string {
+		return append(f.Layout().SessionCAFiles(), f.Authd.IDP.ClientSecretFile)
+	})
+	cas, err := layout.SessionCAs()
 	if err != nil {
 		return nil, err
 	}
@@ -98,15 +101,24 @@ func Authd(p *run.Process, l *AuthdListener, records sallyport.Records) (*authd.
 		return nil, err
 	}
 	server, err := authd.New(cfg, authd.Deps{
-		Domain: p.Config.Domain, Records: records, Audit: auditor, Log: p.Log.Named("authd"), SessionCA: ca, SealKey: seal,
+		Domain: p.Config.Domain, Records: records, Audit: auditor, Log: p.Log.Named("authd"), SealKey: seal,
+		SessionCAs: cas, MaxStale: p.Config.Policyd.MaxStale,
 	})
 	if err != nil {
 		return nil, err
 	}
 	p.OnReload(func(f *config.File) error {
+		cas, err := layout.SessionCAs()
+		if err != nil {
+			return err
+		}
 		next := f.Authd
 		next.PublicURL = l.URL
-		return server.Reload(next)
+		if err := server.Reload(next); err != nil {
+			return err
+		}
+		server.TakeSessionCAs(cas)
+		return nil
 	})
 	p.Go("authd", server.Run)
 	p.ServeHTTP("authd listener", l, &http.Server{

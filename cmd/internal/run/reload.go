@@ -31,6 +31,23 @@ func (p *Process) OnReload(f func(*config.File) error) { p.reloads = append(p.re
 // one was. A refusal that only the moment is to blame for is not told.
 func (p *Process) OnRefused(f func(context.Context, error)) { p.refusals = append(p.refusals, f) }
 
+// Watch has the configuration loaded again too when one of the files changes that
+// files returns for the one in force. It is called before these files are read, so
+// that no change of them is missed.
+func (p *Process) Watch(files func(*config.File) []string) {
+	p.watched = append(p.watched, files)
+	p.seen += stamps(files(p.Config))
+}
+
+// stamp tells two states of the configuration, and of what else is watched, apart.
+func (p *Process) stamp(file string, running *config.File) string {
+	all := stamps([]string{file})
+	for _, files := range p.watched {
+		all += stamps(files(running))
+	}
+	return all
+}
+
 // Stale returns why the file that lies there now is not what the process runs
 // with; nil if it is.
 func (p *Process) Stale() error {
@@ -39,16 +56,16 @@ func (p *Process) Stale() error {
 	return p.stale
 }
 
-// watch takes changes of the file over, on SIGHUP and when it changes on disk.
-// seen is the stamp of what the process was started with.
-func (p *Process) watch(file, seen string) func(context.Context) error {
+// watch takes changes of the file over, on SIGHUP and when it or a watched file
+// changes on disk.
+func (p *Process) watch(file string) func(context.Context) error {
 	return func(ctx context.Context) error {
 		hup := make(chan os.Signal, 1)
 		signal.Notify(hup, syscall.SIGHUP)
 		defer signal.Stop(hup)
 		tick := time.NewTicker(pollEvery)
 		defer tick.Stop()
-		running := p.Config
+		running, seen := p.Config, p.seen
 		var again time.Time // zero: no need
 		for {
 			select {
@@ -56,11 +73,11 @@ func (p *Process) watch(file, seen string) func(context.Context) error {
 				return ctx.Err()
 			case <-hup:
 			case now := <-tick.C:
-				if stamp(file) == seen && (again.IsZero() || now.Before(again)) {
+				if p.stamp(file, running) == seen && (again.IsZero() || now.Before(again)) {
 					continue
 				}
 			}
-			seen, again = stamp(file), time.Time{}
+			seen, again = p.stamp(file, running), time.Time{}
 			next, err := p.reload(running, file)
 			p.settle(ctx, err)
 			if err != nil {
@@ -114,8 +131,16 @@ func (p *Process) reload(running *config.File, file string) (*config.File, error
 	return next, nil
 }
 
-// stamp tells two states of a file apart without reading it.
-func stamp(file string) string {
+// stamps tells two states of files apart without reading them.
+func stamps(files []string) string {
+	var all strings.Builder
+	for _, file := range files {
+		fmt.Fprintf(&all, "%s %s\n", file, stampOf(file))
+	}
+	return all.String()
+}
+
+func stampOf(file string) string {
 	fi, err := os.Stat(file)
 	if err != nil {
 		return err.Error()

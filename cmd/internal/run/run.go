@@ -42,6 +42,8 @@ type Process struct {
 	stdout  io.Writer
 	closers []func() error
 	opened  []io.Closer
+	watched []func(*config.File) []string // files beside the configuration
+	seen    string                        // the stamp of what the process was started with
 
 	mu       sync.Mutex
 	reloads  []func(*config.File) error
@@ -78,7 +80,7 @@ func ConfigFlag(cmd *cobra.Command, file *string) {
 // Serve loads the configuration, starts the daemon and returns when it is over:
 // nil after SIGINT or SIGTERM or the end of ctx.
 func Serve(ctx context.Context, name, file string, stdout, stderr io.Writer, start Start) error {
-	loaded := stamp(file) // before it is read: a change meanwhile is then noticed
+	loaded := stamps([]string{file}) // before it is read: a change meanwhile is then noticed
 	cfg, err := config.Load(file, name)
 	if err != nil {
 		return err
@@ -94,11 +96,11 @@ func Serve(ctx context.Context, name, file string, stdout, stderr io.Writer, sta
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 
-	p := &Process{Name: name, Config: cfg, Log: log.Named(name), stdout: stdout, metrics: telemetry.NewRegistry()}
+	p := &Process{Name: name, Config: cfg, Log: log.Named(name), stdout: stdout, metrics: telemetry.NewRegistry(), seen: loaded}
 	p.group, p.ctx = errgroup.WithContext(ctx)
 	err = start(p)
 	if err == nil {
-		p.Go("reload", p.watch(file, loaded))
+		p.Go("reload", p.watch(file))
 		err = p.group.Wait()
 	} else {
 		p.abandon()

@@ -276,6 +276,46 @@ func TestReloadIsTriedAgain(t *testing.T) {
 	}
 }
 
+// A file that is watched beside the configuration has it loaded again, also one
+// that the configuration names only since a reload.
+func TestWatchedFiles(t *testing.T) {
+	dir := t.TempDir()
+	write := func(name, content string) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var taken atomic.Value
+	taken.Store("")
+	up := make(chan struct{})
+	d := start(t, func(p *Process) error {
+		name := func(f *config.File) string { return filepath.Join(dir, fmt.Sprint(f.ExplainGroups)) }
+		p.Watch(func(f *config.File) []string { return []string{name(f)} })
+		write("false", "changed right after the start")
+		p.OnReload(func(f *config.File) error {
+			b, err := os.ReadFile(name(f))
+			taken.Store(string(b))
+			return err
+		})
+		close(up)
+		return nil
+	})
+	<-up
+	eventually(t, "the first change is taken", func() bool { return taken.Load() == "changed right after the start" })
+	write("false", "again")
+	eventually(t, "the second change is taken", func() bool { return taken.Load() == "again" })
+	write("true", "another file")
+	d.write(text + "explain_groups: true\n")
+	eventually(t, "the other file is taken", func() bool { return taken.Load() == "another file" })
+	write("true", "changed there")
+	eventually(t, "its change is taken", func() bool { return taken.Load() == "changed there" })
+	d.cancel()
+	if err := d.end(); err != nil {
+		t.Error(err)
+	}
+}
+
 // A client that sends its request drop by drop must not hold a connection.
 func TestSlowRequestsEnd(t *testing.T) {
 	up := make(chan string)

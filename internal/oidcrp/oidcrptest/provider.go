@@ -22,7 +22,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 )
 
-// ClientID and Secret are the registered client's.
+// ClientID and Secret are the registered client's; see Provider.RotateSecret.
 const (
 	ClientID = "client"
 	Secret   = "oidcrptest-secret-of-no-other-use"
@@ -55,9 +55,10 @@ type Provider struct {
 	t  testing.TB
 	mu sync.Mutex
 	// Seen lists the queries of /authorize, Paths all requested paths.
-	Seen  []url.Values
-	Paths []string
-	codes map[string]url.Values
+	Seen   []url.Values
+	Paths  []string
+	codes  map[string]url.Values
+	secret string
 }
 
 // New starts a provider that the test's end stops.
@@ -67,10 +68,17 @@ func New(t testing.TB) *Provider {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &Provider{t: t, Key: key, Alg: jose.ES256, KeyID: "k1", codes: make(map[string]url.Values)}
+	p := &Provider{t: t, Key: key, Alg: jose.ES256, KeyID: "k1", secret: Secret, codes: make(map[string]url.Values)}
 	p.Server = httptest.NewServer(p)
 	t.Cleanup(p.Server.Close)
 	return p
+}
+
+// RotateSecret replaces the client's secret: the earlier one counts no more.
+func (p *Provider) RotateSecret(secret string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.secret = secret
 }
 
 // Issuer is the issuer URL.
@@ -165,13 +173,14 @@ func (p *Provider) token(w http.ResponseWriter, r *http.Request) {
 	p.mu.Lock()
 	q, ok := p.codes[r.FormValue("code")]
 	delete(p.codes, r.FormValue("code"))
+	wantSecret := p.secret
 	p.mu.Unlock()
 	sum := sha256.Sum256([]byte(r.FormValue("code_verifier")))
 	switch {
 	case p.Status != 0:
 		p.json(w, p.Status, map[string]any{"error": "server_error"})
 		return
-	case id != ClientID || secret != Secret:
+	case id != ClientID || secret != wantSecret:
 		p.json(w, http.StatusUnauthorized, map[string]any{"error": "invalid_client"})
 		return
 	case !ok || q.Get("code_challenge") != base64.RawURLEncoding.EncodeToString(sum[:]) || q.Get("redirect_uri") != r.FormValue("redirect_uri"):
