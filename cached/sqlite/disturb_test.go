@@ -152,12 +152,18 @@ func TestCase_L9_ALockedFileIsReadAndWaitedFor(t *testing.T) {
 	}
 }
 
-// bulk writes about 16 MiB, other ones for each n: SQLite leaves alone what is the
-// same.
-func bulk(t *testing.T, s *cached.Server, n int) error {
+// bulk writes 16 MiB past the server, for which that is much work: other ones for
+// each n, because SQLite leaves alone what is the same.
+func bulk(t *testing.T, store *sqlite.Store, n int) error {
 	t.Helper()
-	_, err := s.Apply(t.Context(), []sallyport.Op{sallyport.Put(sallyport.KindRecord, "bulk", pair{Filler: strings.Repeat(string(rune('a'+n)), 16<<20-100)})})
-	return err
+	if err := store.Room(t.Context()); err != nil {
+		return err
+	}
+	return store.Update(t.Context(), func(tx cached.Tx) (cached.Change, error) {
+		row := cached.Row{Record: sallyport.Record{Kind: sallyport.KindRecord, ID: "bulk", Revision: tx.Head().Revision}, MAC: []byte{}}
+		row.Payload = bytes.Repeat([]byte{byte(n)}, 16<<20)
+		return cached.Change{Rows: []cached.Row{row}, Head: tx.Head()}, nil
+	})
 }
 
 // logSize is how large the log's file is.
@@ -195,7 +201,7 @@ func TestCase_L17_AStuckSnapshotIsEnded(t *testing.T) {
 	}()
 	<-reading
 	for n := range 20 { // 320 MiB
-		if err := bulk(t, s, n); err != nil {
+		if err := bulk(t, store, n); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -229,7 +235,7 @@ func TestCase_L17_AForeignReaderStopsAdditionsOnly(t *testing.T) {
 	}
 	release := held(t, "read", path)
 	for n := 0; err == nil && n < 20; n++ {
-		err = bulk(t, s, n)
+		err = bulk(t, store, n)
 	}
 	if sallyport.CodeOf(err) != "storage.full" {
 		t.Errorf("got %v; want storage.full", err)
@@ -254,7 +260,7 @@ func TestCase_L17_AForeignReaderStopsAdditionsOnly(t *testing.T) {
 	if size := logSize(t, path); size > 64<<20 {
 		t.Errorf("the log still has %d MiB after the reader went", size>>20)
 	}
-	if err := bulk(t, s, 21); err != nil {
+	if err := bulk(t, store, 21); err != nil {
 		t.Errorf("write after the reader went: %v", err)
 	}
 }
