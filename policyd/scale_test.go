@@ -160,7 +160,7 @@ func BenchmarkAuthorizeAtScale(b *testing.B) {
 	c := newCrowd(b, storetest.Population{Sessions: storetest.Sessions(), Now: time.Now()}, storetest.Kinds...)
 	s := answering(b, c.snapshot, sallyport.Route{
 		From: "tcp://db.internal:5432", To: "tcp://10.0.3.7:5432",
-		Policy: "- {name: staff, allow: {and: [{groups: {has: staff}}, {device: {disk_encrypted: true}}]}}",
+		Policy: "- {name: staff, allow: {and: [{groups: {has: staff}}, {device: {type: tpm}}]}}",
 	})
 	q := []sallyport.Request{{Target: sallyport.Target{Network: sallyport.TCP, Host: "db.internal", Port: 5432}}}
 	b.ReportAllocs()
