@@ -70,7 +70,7 @@ func heap() int64 {
 const maxPerSession = 500
 
 func TestCase_L16_MemoryOfASession(t *testing.T) {
-	c := newCrowd(t, storetest.Population{Sessions: 50_000, Now: time.Now()}, sallyport.KindUser, sallyport.KindLogin, sallyport.KindSession)
+	c := newCrowd(t, storetest.Population{Sessions: 20_000, Now: time.Now()}, sallyport.KindUser, sallyport.KindLogin, sallyport.KindSession)
 	got := c.perSession(sallyport.KindSession, sallyport.KindLogin)
 	t.Logf("%.0f bytes a session", got)
 	if got > maxPerSession {
@@ -87,7 +87,7 @@ func (c *crowd) end(i int) *snapshot {
 }
 
 func TestCase_L16_AChangeCopiesItsWayOnly(t *testing.T) {
-	c := newCrowd(t, storetest.Population{Sessions: 20_000, Now: time.Now()}, sallyport.KindSession)
+	c := newCrowd(t, storetest.Population{Sessions: 10_000, Now: time.Now()}, sallyport.KindSession)
 	const changes, most = 1_000, 6 << 10
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
