@@ -74,7 +74,7 @@ func Bench(b *testing.B, open func(*testing.B) Engine) {
 // Fill writes the population and returns how many records it has.
 func Fill(tb testing.TB, records sallyport.Records, p Population) (n int) {
 	tb.Helper()
-	const most = 5_000
+	const most = 1_000
 	var batch []sallyport.Op
 	flush := func() error {
 		if len(batch) == 0 {

@@ -55,7 +55,8 @@ func (p Population) DeviceOf(i int) int { return 2*p.UserOf(i) + i/p.Users()%2 }
 // Kind returns what writes all records of one kind, one after the other; f's error
 // ends it.
 func (p Population) Kind(kind sallyport.Kind, f func(sallyport.Op) error) error {
-	n, op := p.Sessions, func(int) sallyport.Op { return sallyport.Op{} }
+	n := p.Sessions
+	var op func(int) sallyport.Op
 	switch kind {
 	case sallyport.KindUser:
 		n, op = p.Users(), p.UserOp
