@@ -3,6 +3,7 @@ package cached
 import (
 	"net"
 	"net/url"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -23,6 +24,8 @@ var parameters = []string{
 	"host", "port", "user", "dbname", "search_path", "application_name", "connect_timeout", "target_session_attrs",
 	"sslmode", "sslrootcert", "sslcert", "sslkey", "sslnegotiation",
 }
+
+var schemaName = regexp.MustCompile(`^[a-z_][a-z0-9_]{0,62}$`)
 
 // postgresFaults says what is wrong with the URL of a database, never quoting it:
 // there may be a password in it.
@@ -57,6 +60,9 @@ func postgresFaults(raw string) (faults fault.List) {
 	}
 	if a := params.Get("target_session_attrs"); a != "" && a != "read-write" && a != "primary" {
 		faults.Addf("store", "target_session_attrs=%s is refused: records are only read from the primary", a)
+	}
+	if schema := params.Get("search_path"); schema != "" && !schemaName.MatchString(schema) {
+		faults.Addf("store", "search_path is the name of one schema: lower-case letters, digits and _")
 	}
 	if params.Get("host") != "" {
 		hosts = params.Get("host")

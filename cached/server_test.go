@@ -70,6 +70,7 @@ func TestCase_J2_PostgresURL(t *testing.T) {
 		{"postgres://u@localhost/db?options=-csynchronous_commit%3Doff", "not supported"},
 		{"postgres://u@localhost/db?servicefile=/tmp/" + secret, "not supported"},
 		{"postgres://u@localhost/db?target_session_attrs=any", "only read from the primary"},
+		{"postgres://u@localhost/db?search_path=a,public", "one schema"},
 		{"postgres:///db", "names no host"},
 		{"postgres://u@localhost/db?a=%zz", "no URL"},
 	} {

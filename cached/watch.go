@@ -216,11 +216,12 @@ func (w *watch) follow(ctx context.Context) error {
 
 var closed = func() chan struct{} { c := make(chan struct{}); close(c); return c }()
 
-// change sends what the receiver wants of one batch, in one piece.
+// change sends what the receiver wants of one batch, in one piece. What was merged
+// from several batches may begin with some that the receiver has.
 func (w *watch) change(c *change) error {
 	var records []sallyport.Record
 	for _, r := range c.records {
-		if w.wants(r.Kind) {
+		if w.wants(r.Kind) && r.Revision > w.at {
 			r.Payload = slices.Clone(r.Payload)
 			records = append(records, r)
 		}

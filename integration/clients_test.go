@@ -17,19 +17,19 @@ import (
 	"os/user"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	"golang.org/x/crypto/ssh"
 
+	"sallyport/cached/postgres/postgrestest"
 	"sallyport/integration/stack"
 )
 
 // TestClients: programs that know nothing of Sallyport reach real services, and
 // are told why where they do not.
 func TestClients(t *testing.T) {
-	db := startPostgres(t)
+	db := postgrestest.Start(t)
 	host := startSSHD(t)
 	wiki := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(w, "the wiki of %s", r.Host)
@@ -47,7 +47,7 @@ func TestClients(t *testing.T) {
 	s := stack.Start(t, stack.Together, stack.Config{
 		Users: []stack.User{{ID: "alice", Email: "alice@test.example"}},
 		Routes: []stack.Route{
-			{From: "tcp://db.internal:5432", To: "tcp://" + db.addr, Policy: all},
+			{From: "tcp://db.internal:5432", To: "tcp://" + db.Addr(), Policy: all},
 			{From: "tcp://host.internal:22", To: "tcp://" + host.Addr, Policy: stack.Allow("safe disks", stack.Fact("disk_encrypted", true))},
 			{From: "tcp://wiki.internal:80", To: "tcp://" + wiki.Listener.Addr().String(), Policy: all},
 			{From: "tcp://hash.internal:7", To: "tcp://" + hash.Addr, Policy: all},
@@ -75,83 +75,7 @@ func TestClients(t *testing.T) {
 	}
 }
 
-// postgres is a cluster of its own, reached over TCP with a password.
-type postgres struct{ addr string }
-
-const postgresPassword = "a database password"
-
-func startPostgres(t *testing.T) *postgres {
-	t.Helper()
-	initdb := needGlob(t, "/usr/lib/postgresql/*/bin/initdb", "postgresql")
-	dir, err := os.MkdirTemp("", "sallyport-postgres-") // not t.TempDir, which only its owner may enter
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	data, password := filepath.Join(dir, "data"), filepath.Join(dir, "password")
-	if err := os.WriteFile(password, []byte(postgresPassword), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	var as []string // PostgreSQL refuses to run as root
-	if os.Geteuid() == 0 {
-		as = []string{need(t, "setpriv", "util-linux"), "--reuid=postgres", "--regid=postgres", "--init-groups"}
-		if r := stack.Run(t, stack.Command{Program: need(t, "chown", "coreutils"), Args: []string{"-R", "postgres:postgres", dir}}); r.Exit != 0 {
-			t.Fatalf("chown: %s", r.Stderr)
-		}
-	}
-	command := func(program string, args ...string) stack.Command {
-		all := append(append([]string{}, as...), append([]string{program}, args...)...)
-		return stack.Command{Program: all[0], Args: all[1:], Env: []string{"LC_ALL=C.UTF-8", "TZ=UTC"}}
-	}
-	r := stack.Run(t, command(initdb, "-D", data, "-U", "alice", "-A", "scram-sha-256", "--pwfile", password, "--no-sync"))
-	if r.Exit != 0 {
-		t.Fatalf("initdb: %s%s", r.Stdout, r.Stderr)
-	}
-	for range 3 { // PostgreSQL takes no port 0; somebody else may take ours first
-		addr := freeAddr(t)
-		_, port, _ := net.SplitHostPort(addr)
-		p := stack.StartProcess(t, command(filepath.Join(filepath.Dir(initdb), "postgres"), "-D", data, "-h", "127.0.0.1", "-p", port,
-			"-k", "", "-c", "fsync=off", "-c", "shared_buffers=16MB", "-c", "dynamic_shared_memory_type=mmap"))
-		if listens(p, "database system is ready to accept connections") {
-			t.Cleanup(func() {
-				p.Signal(syscall.SIGINT) // fast shutdown
-				p.Wait(20 * time.Second)
-			})
-			return &postgres{addr}
-		}
-		t.Logf("postgres: %s", p.Stderr())
-	}
-	t.Fatal("postgres does not start")
-	return nil
-}
-
-// listens waits until the process says so, or ends.
-func listens(p *stack.Process, says string) bool {
-	deadline := time.After(30 * time.Second)
-	for !strings.Contains(p.Stderr(), says) {
-		select {
-		case <-p.Done():
-			return false
-		case <-deadline:
-			return false
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
-	return true
-}
-
-// freeAddr is an address that nobody listened at a moment ago.
-func freeAddr(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
-
-func testPsql(t *testing.T, a *stack.Agent, _ *postgres) {
+func testPsql(t *testing.T, a *stack.Agent, db *postgrestest.Cluster) {
 	tun := a.Connect("db.internal:5432")
 	host, port, err := net.SplitHostPort(tun.Local)
 	if err != nil {
@@ -160,8 +84,8 @@ func testPsql(t *testing.T, a *stack.Agent, _ *postgres) {
 	psql := func(args ...string) stack.Command {
 		return stack.Command{
 			Program: need(t, "psql", "postgresql-client"),
-			Args:    append([]string{"-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-h", host, "-p", port, "-U", "alice", "-d", "postgres"}, args...),
-			Env:     []string{"PGPASSWORD=" + postgresPassword, "PGSSLMODE=disable", "PGCONNECT_TIMEOUT=20"},
+			Args:    append([]string{"-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-h", host, "-p", port, "-U", postgrestest.User, "-d", "postgres"}, args...),
+			Env:     []string{"PGPASSWORD=" + db.Password(), "PGSSLMODE=disable", "PGCONNECT_TIMEOUT=20"},
 		}
 	}
 	if r := stack.Run(t, psql("-c", "SELECT 6*7")); r.Exit != 0 || r.Stdout != "42\n" {
@@ -189,8 +113,8 @@ func testPsql(t *testing.T, a *stack.Agent, _ *postgres) {
 	}
 
 	c := a.Command("connect", "db.internal:5432", "--listen", "127.0.0.1:0", "--exec", need(t, "psql", "postgresql-client"), "--",
-		"-X", "-A", "-t", "-h", "{host}", "-p", "{port}", "-U", "alice", "-d", "postgres", "-c", "SELECT 'through --exec'")
-	c.Env = append(c.Env, "PGPASSWORD="+postgresPassword, "PGSSLMODE=disable")
+		"-X", "-A", "-t", "-h", "{host}", "-p", "{port}", "-U", postgrestest.User, "-d", "postgres", "-c", "SELECT 'through --exec'")
+	c.Env = append(c.Env, "PGPASSWORD="+db.Password(), "PGSSLMODE=disable")
 	if r := stack.Run(t, c); r.Exit != 0 || r.Stdout != "through --exec\n" {
 		t.Errorf("agent connect --exec psql: %+v", r)
 	}

@@ -60,9 +60,9 @@ func TestOneStoreIsMade(t *testing.T) {
 func TestAnEmptyDatabaseIsNotTakenForTheStore(t *testing.T) {
 	cfg := config(t, cluster.URL(cluster.Database(t)))
 	must(t, open1(t, cfg).Close())
-	empty := cfg
-	empty.URL = cluster.URL(cluster.Database(t))
-	refused(t, empty, "storage.corrupt")
+	blank := cfg
+	blank.URL = cluster.URL(cluster.Database(t))
+	refused(t, blank, "storage.corrupt")
 	other := config(t, cluster.URL(cluster.Database(t)))
 	must(t, open1(t, other).Close())
 	other.Marker = cfg.Marker

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 
 	"sallyport/cached"
@@ -47,10 +48,18 @@ func open(t testing.TB, cfg postgres.Config) *postgres.Store {
 	return s
 }
 
-// fresh opens a store in an empty database.
+var schemas atomic.Int64
+
+// empty is the URL of a store that is not there yet: a schema, which is made more
+// quickly than a database.
+func empty() string {
+	return fmt.Sprintf("%s&search_path=store%d", cluster.URL("postgres"), schemas.Add(1))
+}
+
+// fresh opens a new store.
 func fresh(t testing.TB) *postgres.Store {
 	t.Helper()
-	return open(t, config(t, cluster.URL(cluster.Database(t))))
+	return open(t, config(t, empty()))
 }
 
 func TestStore(t *testing.T) {
@@ -63,7 +72,7 @@ func TestRecords(t *testing.T) {
 
 func TestShared(t *testing.T) {
 	storetest.Shared(t, func(t *testing.T) (a, b cached.Shared) {
-		url := cluster.URL(cluster.Database(t))
+		url := empty()
 		return open(t, config(t, url)), open(t, config(t, url))
 	})
 }

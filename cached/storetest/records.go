@@ -425,16 +425,18 @@ func leaseReturned(t *testing.T, c *client) {
 }
 
 func leaseRenewed(t *testing.T, c *client) {
-	const ttl = time.Second
+	const ttl = 2 * time.Second
 	err := c.Lease(t.Context(), "x", ttl, func(held context.Context) error {
 		over := time.After(2 * ttl)
+		try := time.NewTicker(ttl / 100)
+		defer try.Stop()
 		for {
 			select {
 			case <-over:
 				return nil
 			case <-held.Done():
 				return fmt.Errorf("the lease is lost: %w", context.Cause(held))
-			default:
+			case <-try.C:
 			}
 			if err := c.Lease(t.Context(), "x", ttl, func(context.Context) error { return nil }); !errors.Is(err, sallyport.ErrLeaseHeld) {
 				return fmt.Errorf("got %v; want ErrLeaseHeld", err)
