@@ -2,7 +2,6 @@ package cached
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"time"
 
@@ -153,5 +152,3 @@ func holds(c sallyport.Condition, live *sallyport.Record) bool {
 	}
 	return true
 }
-
-func isNotFound(err error) bool { return errors.Is(err, sallyport.ErrNotFound) }

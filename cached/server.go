@@ -1,6 +1,7 @@
 package cached
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -24,6 +25,8 @@ type Deps struct {
 	Audit sallyport.Auditor
 	// Log; nil: nothing is logged.
 	Log logging.Logger
+	// TombstoneAge is how long a watch may be away and still catch up; 0: an hour.
+	TombstoneAge time.Duration
 	// Now is the wall clock, which decides together with the steady one what has
 	// expired; nil: time.Now.
 	Now func() time.Time
@@ -82,6 +85,7 @@ func New(cfg Config, deps Deps) (*Server, error) {
 		epoch: head.Epoch,
 		feed:  newFeed(head.Revision),
 		ended: make(chan struct{}),
+		purge: purgeClock{age: cmp.Or(deps.TombstoneAge, tombstoneAge)},
 	}
 	s.queue.busy = make(chan struct{}, 1)
 	if s.log == nil {

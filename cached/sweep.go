@@ -11,11 +11,9 @@ const (
 	sweepEvery = time.Second
 	sweepMax   = 1_000 // records of one batch
 
-	// Tombstones are kept for tombstoneAge, in steps of purgeEvery: a watch that
-	// was away for less can catch up.
-	tombstoneAge = time.Hour
-	purgeEvery   = 10 * time.Minute
-	purgeMax     = 5_000 // tombstones at once
+	tombstoneAge  = time.Hour
+	tombstoneStep = 6     // by so much of it the age of a tombstone may be off
+	purgeMax      = 5_000 // tombstones at once
 )
 
 // sweep does a second's housekeeping. Its failures are not its callers': the
@@ -85,6 +83,7 @@ func (v *view) stillThere(rows []Row) ([]sallyport.Op, error) {
 
 // purgeClock remembers which revision was reached when.
 type purgeClock struct {
+	age   time.Duration // of a tombstone that nobody needs any more
 	marks []purgeMark
 	upTo  sallyport.Revision // tombstones up to here are old enough
 }
@@ -96,10 +95,10 @@ type purgeMark struct {
 
 // tick returns up to which revision tombstones are old enough at now.
 func (c *purgeClock) tick(now time.Time, reached sallyport.Revision) sallyport.Revision {
-	if n := len(c.marks); n == 0 || now.Sub(c.marks[n-1].at) >= purgeEvery {
+	if n := len(c.marks); n == 0 || now.Sub(c.marks[n-1].at) >= c.age/tombstoneStep {
 		c.marks = append(c.marks, purgeMark{now, reached})
 	}
-	for len(c.marks) > 0 && now.Sub(c.marks[0].at) >= tombstoneAge {
+	for len(c.marks) > 0 && now.Sub(c.marks[0].at) >= c.age {
 		c.upTo = c.marks[0].revision
 		c.marks = c.marks[1:]
 	}

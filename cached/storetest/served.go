@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -15,33 +14,27 @@ import (
 // Cases of a server over the engine, where what the server promises rests on what
 // the engine keeps.
 
-// clock is a server's that a test may put forward.
-type clock struct{ ahead atomic.Int64 }
+// soonForgotten is how long the servers of these cases keep tombstones.
+const soonForgotten = time.Second
 
-func (c *clock) now() time.Time { return time.Now().Add(time.Duration(c.ahead.Load())) }
-
-func (c *clock) add(d time.Duration) { c.ahead.Add(int64(d)) }
-
-// forgotten puts the clock forward until tombstones up to rev are gone.
-func (c *clock) forgotten(t *testing.T, s cached.Store, rev sallyport.Revision) {
+// forgotten waits until tombstones up to rev are gone.
+func forgotten(t *testing.T, s cached.Store, rev sallyport.Revision) {
 	t.Helper()
 	eventually(t, "old tombstones are forgotten", func() bool {
-		c.add(time.Minute)
 		head, err := s.Head(t.Context())
 		return err == nil && head.Compacted >= rev
 	})
 }
 
 func servedCompacted(t *testing.T, e *engine) {
-	var ahead clock
-	deps := cached.Deps{Store: e.Store, MACKey: Key(), Now: ahead.now}
+	deps := cached.Deps{Store: e.Store, MACKey: Key(), TombstoneAge: soonForgotten}
 	s, stop := start(t, deps)
 	awaitCurrent(t, s)
 	c := &client{t, s}
 	put := c.apply(user("a"), user("b"))
 	deleted := c.apply(remove(sallyport.KindUser, "a"))
 	epoch := e.head().Epoch
-	ahead.forgotten(t, e.Store, deleted)
+	forgotten(t, e.Store, deleted)
 	if err := stop(); err != nil {
 		t.Fatal(err)
 	}

@@ -179,14 +179,12 @@ func sharedLease(t *testing.T, p *pair) {
 }
 
 func sharedLeaseLost(t *testing.T, p *pair) {
-	var ahead clock
-	a := &client{t, Run(t, p.deps(0))}
-	deps := p.deps(1)
-	deps.Now = ahead.now
-	b := &client{t, Run(t, deps)}
 	const ttl = 3 * time.Second
+	a := &client{t, Run(t, p.deps(0))}
+	deps := p.deps(1) // of a machine whose clock is ahead: for it the lease ends early
+	deps.Now = func() time.Time { return time.Now().Add(2 * ttl) }
+	b := &client{t, Run(t, deps)}
 	err := a.Lease(t.Context(), "x", ttl, func(held context.Context) error {
-		ahead.add(2 * ttl) // for the other server the lease has ended
 		return b.Lease(t.Context(), "x", ttl, func(context.Context) error {
 			select {
 			case <-held.Done():
@@ -202,11 +200,10 @@ func sharedLeaseLost(t *testing.T, p *pair) {
 }
 
 func sharedTombstones(t *testing.T, p *pair) {
-	var ahead clock
 	var servers [2]*client
 	for i := range servers {
 		deps := p.deps(i)
-		deps.Now = ahead.now
+		deps.TombstoneAge = soonForgotten
 		servers[i] = &client{t, Run(t, deps)}
 	}
 	for round := range 2 {
@@ -216,7 +213,7 @@ func sharedTombstones(t *testing.T, p *pair) {
 			c.apply(user(id))
 			last = servers[1-i].apply(remove(sallyport.KindUser, id))
 		}
-		ahead.forgotten(t, p.stores[round], last)
+		forgotten(t, p.stores[round], last)
 	}
 	for i := range servers {
 		servers[i].apply(user(fmt.Sprint("after", i)))
