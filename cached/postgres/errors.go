@@ -9,6 +9,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"sallyport"
+	"sallyport/cached/internal/marker"
 )
 
 const lockNotAvailable = "55P03"
@@ -108,14 +109,14 @@ func (s *Store) corrupt(message string, cause error) error {
 		Code:    "storage.corrupt",
 		Message: message,
 		Hint: fmt.Sprintf("check cached.store, or restore the database from a backup; to start with nothing, so that everybody must log in again "+
-			"and the configuration is applied anew, move %s away", s.marker.path()),
+			"and the configuration is applied anew, move %s away", s.marker.Path()),
 		Err: cause,
 	}
 }
 
 // rolledBack returns the refusal to start from a database that is not the one that
 // was written last.
-func (s *Store) rolledBack(revision uint64, m *marker) error {
+func (s *Store) rolledBack(revision uint64, m *marker.Marker) error {
 	message := fmt.Sprintf("the record store is at revision %d, and %d was written: an older copy, or a standby that lay behind, took its place", revision, m.Revision)
 	if m.Revision <= revision {
 		message = "the record store is not the one that was written last"

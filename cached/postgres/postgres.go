@@ -47,6 +47,7 @@ import (
 
 	"sallyport"
 	"sallyport/cached"
+	"sallyport/cached/internal/marker"
 	"sallyport/internal/logging"
 )
 
@@ -93,7 +94,7 @@ type Store struct {
 	id      string // of this store's row in the table server
 	schema  string
 	log     logging.Logger
-	marker  *marker
+	marker  *marker.Marker
 	primary *primary
 	pool    *pgxpool.Pool
 
@@ -137,11 +138,11 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		writing: make(chan struct{}, 1), scans: make(chan struct{}, maxScans), wake: make(chan struct{}, 1),
 	}
 	s.ended, s.stop = context.WithCancel(context.Background())
-	if s.marker, err = lockMarker(cfg.Marker); err == nil {
+	if s.marker, err = marker.Open(cfg.Marker, nil); err == nil {
 		err = s.attempt(ctx, openFor, s.prepare)
 	}
 	if err == nil {
-		err = s.marker.write(s.known.Load(), true)
+		err = s.mark()
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open the record store: %w", err), s.close())
@@ -151,7 +152,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 
 // Close ends all connections. No other method may be under way.
 func (s *Store) Close() error {
-	return errors.Join(s.marker.write(s.known.Load(), true), s.close())
+	return errors.Join(s.mark(), s.close())
 }
 
 func (s *Store) close() error {
@@ -315,7 +316,12 @@ func selecting(q cached.Query) (text string, args []any) {
 }
 
 // Maintain implements cached.Store: the marker follows the revision.
-func (s *Store) Maintain(context.Context) error { return s.marker.write(s.known.Load(), false) }
+func (s *Store) Maintain(context.Context) error { return s.mark() }
+
+// mark has the marker follow the revision, for good.
+func (s *Store) mark() error {
+	return errors.Join(s.marker.Write(s.known.Load()), s.marker.Sync())
+}
 
 func collect(rows pgx.Rows, err error) ([]cached.Row, error) {
 	if err != nil {

@@ -9,6 +9,7 @@ import (
 
 	"sallyport"
 	"sallyport/cached"
+	"sallyport/cached/internal/marker"
 )
 
 const (
@@ -53,7 +54,7 @@ func corrupt(path, message string, cause error) error {
 
 // rolledBack returns the refusal to start from a file that is not the one that was
 // written last.
-func rolledBack(path string, revision uint64, m *marker) error {
+func rolledBack(path string, revision uint64, m *marker.Marker) error {
 	message := fmt.Sprintf("the record store is at revision %d, and %d was written: an older file was put in its place", revision, m.Revision)
 	switch {
 	case m.Store == "":

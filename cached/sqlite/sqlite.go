@@ -33,8 +33,11 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"sallyport"
 	"sallyport/cached"
+	"sallyport/cached/internal/marker"
 	"sallyport/internal/logging"
 )
 
@@ -54,7 +57,7 @@ type Store struct {
 	path   string
 	busy   time.Duration
 	log    logging.Logger
-	marker *marker
+	marker *marker.Marker
 
 	head   atomic.Pointer[cached.Head] // follows what is committed
 	failed atomic.Bool                 // the disk failed a write: see above
@@ -94,7 +97,7 @@ func Open(path string, cfg Config) (*Store, error) {
 	if cfg.reserve == 0 {
 		cfg.reserve = reserved
 	}
-	m, err := lockMarker(path)
+	m, err := marker.Open(path+".lock", func() error { return neverWritten(path) })
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
@@ -127,7 +130,7 @@ func (s *Store) open(path string) error {
 		return damaged(path, err)
 	}
 	s.reserve()
-	return errors.Join(s.marker.write(s.revision()), s.marker.sync())
+	return errors.Join(s.mark(), s.syncMarker(context.Background()))
 }
 
 // connect opens one connection for writes and a pool for reads.
@@ -192,7 +195,7 @@ func ownedBy(column string) string {
 func (s *Store) Close() error {
 	var err error
 	if !s.failed.Load() {
-		err = errors.Join(s.marker.write(s.revision()), s.marker.sync())
+		err = errors.Join(s.mark(), s.syncMarker(context.Background()))
 	}
 	return errors.Join(err, s.close())
 }
@@ -480,7 +483,7 @@ func (s *Store) Maintain(ctx context.Context) error {
 // tend is what follows each commit. The commit stands, so the only error is one
 // that ends the store. The caller holds writeMu.
 func (s *Store) tend(ctx context.Context) error {
-	for _, err := range []error{s.marker.write(s.revision()), s.checkpoint(ctx)} {
+	for _, err := range []error{s.mark(), s.checkpoint(ctx)} {
 		if errors.Is(err, cached.ErrBroken) {
 			return err
 		}
@@ -491,7 +494,18 @@ func (s *Store) tend(ctx context.Context) error {
 	return nil
 }
 
-func (s *Store) syncMarker(context.Context) error { return s.marker.sync() }
+func (s *Store) syncMarker(context.Context) error { return ofMarker(s.marker.Sync()) }
+
+// mark has the marker follow the revision.
+func (s *Store) mark() error { return ofMarker(s.marker.Write(s.revision())) }
+
+// ofMarker says what an error of the marker means for the store.
+func ofMarker(err error) error {
+	if errors.Is(err, unix.ENOSPC) {
+		return full(err)
+	}
+	return err
+}
 
 func collect(rows *sql.Rows, err error) ([]cached.Row, error) {
 	if err != nil {
