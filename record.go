@@ -3,6 +3,7 @@ package sallyport
 import (
 	"context"
 	"errors"
+	"io"
 	"time"
 )
 
@@ -157,4 +158,10 @@ type Records interface {
 // watch.
 type Lister interface {
 	List(ctx context.Context, kind Kind) ([]Record, error)
+}
+
+// Backuper writes a backup: everything in the store, at one instant. cached.Server
+// has it, and so does its client.
+type Backuper interface {
+	Backup(ctx context.Context, w io.Writer) error
 }

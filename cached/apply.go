@@ -192,6 +192,7 @@ type view struct {
 	sum      sum                // of all rows, with what the group writes
 	revision sallyport.Revision // of the group's last batch so far
 	rows     []Row              // of the group, in order
+	ended    []Ending           // by them
 	seen     map[Key]*Row       // as the group leaves them; nil: there is none
 	outcomes []outcome          // one for each job
 
@@ -276,7 +277,7 @@ func (v *view) change() (Change, error) {
 	}
 	head := v.base
 	head.Revision = v.revision
-	return Change{Rows: v.rows, Head: v.server.seal.sealHead(head, v.sum)}, nil
+	return Change{Rows: v.rows, Ended: v.ended, Head: v.server.seal.sealHead(head, v.sum)}, nil
 }
 
 // room asks the store once for the whole group.
@@ -346,8 +347,12 @@ func (v *view) add(ops []sallyport.Op, rev sallyport.Revision) error {
 	}
 	for i := range ops {
 		row := v.server.seal.seal(recordOf(&ops[i], rev))
-		if old := v.seen[row.Key()]; old != nil {
+		old := v.seen[row.Key()]
+		if old != nil {
 			v.sum.sub(v.server.seal.term(old))
+		}
+		if e, ok := v.ends(old, &row); ok {
+			v.ended = append(v.ended, e)
 		}
 		v.sum.add(v.server.seal.term(&row))
 		v.rows = append(v.rows, row)

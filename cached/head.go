@@ -84,6 +84,9 @@ func (s *sealer) openHead(h Head) (rows sum, err error) {
 	if len(h.Seal) == 0 && h.Revision == 0 && h.Compacted == 0 {
 		return rows, nil
 	}
+	if isUnfinished(h) {
+		return rows, unfinished()
+	}
 	k := s.keyOf(h.Seal)
 	if k == nil {
 		return rows, errors.New("its head is sealed by another key")
@@ -108,7 +111,10 @@ const codeRolledBack = "storage.rolled_back"
 
 // rolledBack refuses a store whose head or rows are not those that were written
 // last: who was revoked since could be let in again.
-func rolledBack(message string, cause error) *sallyport.Error {
+func rolledBack(message string, cause error) error {
+	if sallyport.CodeOf(cause) == codeUnfinished {
+		return cause
+	}
 	return &sallyport.Error{
 		Outcome: sallyport.OutcomeUnavailable,
 		Code:    codeRolledBack,
