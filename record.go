@@ -26,6 +26,7 @@ const (
 	KindConfigHistory Kind = "config_history" // PastConfig, one of each revision that was in force lately; never streamed
 	KindRecord        Kind = "record"         // External, id = type/id
 	KindLease         Kind = "lease"          // who holds a lease, id = its name; written by Lease alone, never streamed
+	KindKeyring       Kind = "keyring"        // a daemon's wrapped data keys (internal/keyring), id = daemon; never streamed
 	KindAuditHead     Kind = "audit_head"     // the last signed head of a daemon's audit chain, id = daemon; never streamed
 )
 
@@ -34,7 +35,7 @@ const (
 // housekeeping has no readers.
 func (k Kind) Streamed() bool {
 	switch k {
-	case KindIDPToken, KindCode, KindLease, KindAuditHead, KindConfigHistory:
+	case KindIDPToken, KindCode, KindLease, KindAuditHead, KindKeyring, KindConfigHistory:
 		return false
 	}
 	return true

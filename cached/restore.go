@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"sallyport"
+	"sallyport/internal/keyring"
 )
 
 // RestoreOptions say what is taken from an earlier store.
@@ -61,12 +62,37 @@ func storeSource(ctx context.Context, s Store) source {
 // key in deps; it needs nothing else of deps. A backup that was changed is
 // backup.changed; a row that did not verify in the store either is counted.
 func VerifyBackup(r io.ReadSeeker, deps Deps) (BackupInfo, error) {
-	seal, err := newSealer(deps.MACKey)
+	from := backupSource(r)
+	seal, err := from.sealer(deps.KEK)
 	if err != nil {
 		return BackupInfo{}, err
 	}
-	return seal.examine(backupSource(r))
+	return seal.examine(from)
 }
+
+// sealer opens the ring of keys that travels with the rows.
+func (from source) sealer(kek keyring.KEK) (seal *sealer, err error) {
+	err = from(func(BackupInfo) error { return nil }, func(row Row) error {
+		if row.Key() != ringKey {
+			return nil
+		}
+		if seal, _, err = openRing(&row, kek); err != nil {
+			return err
+		}
+		return errFound
+	})
+	switch {
+	case errors.Is(err, errFound):
+		return seal, nil
+	case sallyport.CodeOf(err) == codeRolledBack:
+		return nil, changedBackup(err)
+	case err == nil:
+		return nil, changedBackup(errors.New("it holds no ring of keys"))
+	}
+	return nil, err
+}
+
+var errFound = errors.New("found")
 
 // examine reads a source whole. The error is backup.changed if its rows are not
 // those that its head was sealed over.
@@ -88,14 +114,6 @@ func (s *sealer) examine(from source) (info BackupInfo, err error) {
 	switch {
 	case err != nil:
 		return info, err
-	case info.Rows > 0 && info.Damaged == info.Rows:
-		return info, &sallyport.Error{
-			Outcome: sallyport.OutcomeInternal,
-			Code:    "backup.wrong_key",
-			Message: "none of the records verifies: they were written under another key",
-			Hint:    "restore the keys of that time, too: the records cannot be used without theirs",
-			Err:     sealed,
-		}
 	case sealed != nil:
 		return info, changedBackup(sealed)
 	case want != got:
@@ -118,11 +136,11 @@ func changedBackup(cause error) error {
 // epoch, revisions above all that were given out, no tombstones. A store in which
 // this was not finished is refused by New (storage.unfinished).
 func Restore(ctx context.Context, deps Deps, r io.ReadSeeker, opts RestoreOptions) (Restored, error) {
-	seal, err := newSealer(deps.MACKey)
-	if err != nil {
-		return Restored{}, err
-	}
 	from := backupSource(r)
+	seal, err := from.sealer(deps.KEK)
+	if err != nil {
+		return Restored{}, fmt.Errorf("restore: %w", err)
+	}
 	info, err := seal.examine(from)
 	if err == nil && info.Damaged > 0 {
 		err = changedBackup(fmt.Errorf("%d of %d rows do not verify", info.Damaged, info.Rows))
@@ -162,11 +180,11 @@ func Restore(ctx context.Context, deps Deps, r io.ReadSeeker, opts RestoreOption
 // every session ends, and a new history begins. All of it happens in one
 // transaction.
 func RestoreInPlace(ctx context.Context, deps Deps, opts RestoreOptions) (Restored, error) {
-	seal, err := newSealer(deps.MACKey)
-	if err != nil {
-		return Restored{}, err
-	}
 	from := storeSource(ctx, deps.Store)
+	seal, err := from.sealer(deps.KEK)
+	if err != nil {
+		return Restored{}, fmt.Errorf("restore in place: %w", err)
+	}
 	info, err := seal.examine(from)
 	if err != nil && sallyport.CodeOf(err) != "backup.changed" {
 		return Restored{}, fmt.Errorf("restore in place: %w", err)
@@ -341,7 +359,7 @@ func (w *restoring) begin() error {
 	if err != nil {
 		return err
 	}
-	if now.Revision != 0 || len(now.Seal) > 0 {
+	if now.Revision != 0 || isUnfinished(now) {
 		return &sallyport.Error{
 			Outcome: sallyport.OutcomeInternal,
 			Code:    "storage.not_empty",

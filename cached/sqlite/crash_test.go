@@ -19,6 +19,7 @@ import (
 	"sallyport"
 	"sallyport/cached"
 	"sallyport/cached/sqlite"
+	"sallyport/internal/keyring"
 )
 
 var kills = flag.Int("kills", 25, "how often TestCase_L1 kills the writing process; `make crash` says 1000")
@@ -36,7 +37,14 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-var crashKey = make([]byte, cached.KeySize)
+// crashKey is the same in the process that writes and in the one that looks.
+func crashKey() keyring.KEK {
+	kek, err := keyring.ParseKEK([]byte("000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"))
+	if err != nil {
+		panic(err)
+	}
+	return kek
+}
 
 // writeForever writes from several goroutines and tells each acknowledged
 // operation on standard output, in one line, after it was acknowledged.
@@ -45,7 +53,7 @@ func writeForever(path string) error {
 	if err != nil {
 		return err
 	}
-	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: crashKey})
+	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, KEK: crashKey()})
 	if err != nil {
 		return err
 	}
@@ -189,7 +197,7 @@ func (l *ledger) run(t *testing.T, path string) {
 // one operation further.
 func (l *ledger) check(t *testing.T, store *sqlite.Store) {
 	t.Helper()
-	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: crashKey})
+	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, KEK: crashKey()})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -21,7 +21,7 @@ import (
 	"sallyport/cached/storetest"
 )
 
-var key = storetest.Key()
+var key = storetest.KEK()
 
 // serve returns a server over the file and what ends both.
 func serve(t testing.TB, path string) (*cached.Server, func()) {
@@ -30,7 +30,7 @@ func serve(t testing.TB, path string) (*cached.Server, func()) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: key})
+	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, KEK: key})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -269,7 +269,7 @@ func TestCase_L5_AFlippedBitNeverChangesARecord(t *testing.T) {
 
 func readSessions(t *testing.T, store *sqlite.Store, n, bit int) (missing int, refused error) {
 	t.Helper()
-	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: key})
+	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, KEK: key})
 	if sallyport.CodeOf(err) == "storage.rolled_back" {
 		return 0, err
 	}
@@ -304,7 +304,7 @@ func TestCase_L8_ContentOfAnotherRowDoesNotVerify(t *testing.T) {
 			path := filled(t, 2)
 			inSQL(t, path, c.text)
 			store := open(t, path)
-			s, err := cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: key})
+			s, err := cached.New(cached.Config{}, cached.Deps{Store: store, KEK: key})
 			if c.refused {
 				if sallyport.CodeOf(err) != "storage.rolled_back" {
 					t.Errorf("got %v; want storage.rolled_back", err)
@@ -333,7 +333,7 @@ func TestCase_L8_ARowThatWasPutBackIsRefused(t *testing.T) {
 	}
 	end()
 	inSQL(t, path, `REPLACE INTO record SELECT * FROM kept`)
-	if _, err := cached.New(cached.Config{}, cached.Deps{Store: open(t, path), MACKey: key}); sallyport.CodeOf(err) != "storage.rolled_back" {
+	if _, err := cached.New(cached.Config{}, cached.Deps{Store: open(t, path), KEK: key}); sallyport.CodeOf(err) != "storage.rolled_back" {
 		t.Errorf("got %v; want storage.rolled_back", err)
 	}
 }
@@ -375,7 +375,7 @@ func TestCase_L9_ALockedFileIsReadAndWaitedFor(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer store.Close()
-	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: key})
+	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, KEK: key})
 	if err != nil {
 		t.Fatal(err)
 	}
