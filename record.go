@@ -3,6 +3,7 @@ package sallyport
 import (
 	"context"
 	"errors"
+	"io"
 	"time"
 )
 
@@ -25,6 +26,7 @@ const (
 	KindConfigHistory Kind = "config_history" // PastConfig, one of each revision that was in force lately; never streamed
 	KindRecord        Kind = "record"         // External, id = type/id
 	KindLease         Kind = "lease"          // who holds a lease, id = its name; written by Lease alone, never streamed
+	KindKeyring       Kind = "keyring"        // a daemon's wrapped data keys (internal/keyring), id = daemon; never streamed
 	KindAuditHead     Kind = "audit_head"     // the last signed head of a daemon's audit chain, id = daemon; never streamed
 )
 
@@ -33,7 +35,7 @@ const (
 // housekeeping has no readers.
 func (k Kind) Streamed() bool {
 	switch k {
-	case KindIDPToken, KindCode, KindLease, KindAuditHead, KindConfigHistory:
+	case KindIDPToken, KindCode, KindLease, KindAuditHead, KindKeyring, KindConfigHistory:
 		return false
 	}
 	return true
@@ -157,4 +159,10 @@ type Records interface {
 // watch.
 type Lister interface {
 	List(ctx context.Context, kind Kind) ([]Record, error)
+}
+
+// Backuper writes a backup: everything in the store, at one instant. cached.Server
+// has it, and so does its client.
+type Backuper interface {
+	Backup(ctx context.Context, w io.Writer) error
 }

@@ -31,6 +31,7 @@ import (
 	"sallyport/authd/idp"
 	"sallyport/cached"
 	"sallyport/cached/memory"
+	"sallyport/internal/keyring"
 	"sallyport/internal/logging"
 	"sallyport/internal/oidcrp/oidcrptest"
 	"sallyport/internal/tlsid"
@@ -202,7 +203,7 @@ func newWorld(t *testing.T, change func(*authd.Config)) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	store, err := cached.New(cached.Config{}, cached.Deps{Store: memory.New(), MACKey: make([]byte, cached.KeySize), Now: w.clock.now})
+	store, err := cached.New(cached.Config{}, cached.Deps{Store: memory.New(), KEK: keyring.NewKEK(), Now: w.clock.now})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -16,12 +16,13 @@ import (
 	"sallyport/authd/idp"
 	"sallyport/cached"
 	"sallyport/cached/memory"
+	"sallyport/internal/keyring"
 	"sallyport/proto/connect"
 )
 
 func testVault(t testing.TB, now func() time.Time) *vault {
 	t.Helper()
-	records, err := cached.New(cached.Config{}, cached.Deps{Store: memory.New(), MACKey: make([]byte, cached.KeySize), Now: now})
+	records, err := cached.New(cached.Config{}, cached.Deps{Store: memory.New(), KEK: keyring.NewKEK(), Now: now})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -171,7 +171,7 @@ func (s *Server) update(ctx context.Context, plan func(Tx) (Change, error)) erro
 	if err != nil {
 		return s.check(err)
 	}
-	if len(change.Rows) > 0 {
+	if change.Head.Revision > from { // new codes and keys are nobody's news
 		s.feed.publish(from, change.Head.Revision, change.Rows)
 	}
 	return nil
@@ -188,10 +188,12 @@ type outcome struct {
 type view struct {
 	server   *Server
 	tx       Tx
+	seal     *sealer
 	base     Head
 	sum      sum                // of all rows, with what the group writes
 	revision sallyport.Revision // of the group's last batch so far
 	rows     []Row              // of the group, in order
+	ended    []Ending           // by them
 	seen     map[Key]*Row       // as the group leaves them; nil: there is none
 	outcomes []outcome          // one for each job
 
@@ -205,11 +207,15 @@ func (s *Server) view(tx Tx) (*view, error) {
 	if err := s.follows(head, s.feed.reached()); err != nil {
 		return nil, err
 	}
-	total, err := s.seal.openHead(head)
-	if err != nil {
-		return nil, s.check(rolledBack("the record store cannot be trusted", err))
+	if err := s.keysFor(head, ringOf(tx)); err != nil {
+		return nil, err
 	}
-	return &view{server: s, tx: tx, base: head, sum: total, revision: head.Revision, seen: map[Key]*Row{}}, nil
+	seal := s.sealer.Load()
+	total, err := seal.openHead(head)
+	if err != nil {
+		return nil, s.check(err)
+	}
+	return &view{server: s, tx: tx, seal: seal, base: head, sum: total, revision: head.Revision, seen: map[Key]*Row{}}, nil
 }
 
 // planAll asks each job what to write, having read what they touch.
@@ -276,7 +282,7 @@ func (v *view) change() (Change, error) {
 	}
 	head := v.base
 	head.Revision = v.revision
-	return Change{Rows: v.rows, Head: v.server.seal.sealHead(head, v.sum)}, nil
+	return Change{Rows: v.rows, Ended: v.ended, Head: v.seal.sealHead(head, v.sum)}, nil
 }
 
 // room asks the store once for the whole group.
@@ -350,11 +356,15 @@ func (v *view) add(ops []sallyport.Op, rev sallyport.Revision) error {
 		}
 	}
 	for i := range ops {
-		row := v.server.seal.seal(recordOf(&ops[i], rev))
-		if old := v.seen[row.Key()]; old != nil {
-			v.sum.sub(v.server.seal.term(old))
+		row := v.seal.seal(recordOf(&ops[i], rev))
+		old := v.seen[row.Key()]
+		if old != nil {
+			v.sum.sub(v.seal.term(old))
 		}
-		v.sum.add(v.server.seal.term(&row))
+		if e, ok := v.ends(old, &row); ok {
+			v.ended = append(v.ended, e)
+		}
+		v.sum.add(v.seal.term(&row))
 		v.rows = append(v.rows, row)
 		v.seen[row.Key()] = &row
 	}

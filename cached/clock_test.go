@@ -35,7 +35,7 @@ func withClock(t *testing.T, test func(*clocked)) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		c.Server = storetest.Run(t, cached.Deps{Store: c.store, MACKey: storetest.Key(), Now: c.now, Log: logger})
+		c.Server = storetest.Run(t, cached.Deps{Store: c.store, KEK: storetest.KEK(), Now: c.now, Log: logger})
 		test(c)
 	})
 }

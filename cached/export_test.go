@@ -2,8 +2,10 @@ package cached
 
 import (
 	"testing"
+	"time"
 
 	"sallyport"
+	"sallyport/internal/keyring"
 )
 
 // BoundFeed makes the ring of changes small.
@@ -18,7 +20,7 @@ const CatchUpMax = catchUpMax
 
 // TestRowsCodeCoversEachField belongs here because rows are sealed inside.
 func TestRowsCodeCoversEachField(t *testing.T) {
-	s := sealerOf(t, make([]byte, KeySize))
+	s := sealerOf(t)
 	session := sallyport.Put(sallyport.KindSession, "id", sallyport.Session{Login: "l", User: "u", Device: "d"})
 	sealed := func() Row { return s.seal(recordOf(&session, 7)) }
 	if row := sealed(); !s.genuine(&row) || row.Owner != (Owner{"l", "u", "d"}) {
@@ -42,7 +44,7 @@ func TestRowsCodeCoversEachField(t *testing.T) {
 		"shorter":   func(r *Row) { r.Payload = r.Payload[:5] },
 		"no code":   func(r *Row) { r.MAC = nil },
 		"half code": func(r *Row) { r.MAC = r.MAC[:16] },
-		"other key": func(r *Row) { *r = sealerOf(t, append(make([]byte, 31), 1)).seal(r.Record) },
+		"other key": func(r *Row) { *r = sealerOf(t).seal(r.Record) },
 	} {
 		row := sealed()
 		if edit(&row); s.genuine(&row) {
@@ -51,9 +53,9 @@ func TestRowsCodeCoversEachField(t *testing.T) {
 	}
 }
 
-func sealerOf(t *testing.T, key []byte) *sealer {
+func sealerOf(t *testing.T) *sealer {
 	t.Helper()
-	s, err := newSealer(key)
+	s, err := newSealer(keyring.New(ringPurpose, time.Now()))
 	if err != nil {
 		t.Fatal(err)
 	}

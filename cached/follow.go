@@ -89,6 +89,9 @@ func (s *Server) catchUp(ctx context.Context) error {
 		if err == nil {
 			err = s.follows(head, from)
 		}
+		if err == nil {
+			err = s.keysFor(head, s.storedRing(ctx))
+		}
 		if err != nil {
 			return fmt.Errorf("follow: %w", s.check(err))
 		}

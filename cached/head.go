@@ -86,16 +86,16 @@ func (s *sealer) openHead(h Head) (rows sum, err error) {
 	}
 	k := s.keyOf(h.Seal)
 	if k == nil {
-		return rows, errors.New("its head is sealed by another key")
+		return rows, rolledBack(untrusted, errors.New("its head is sealed by another key"))
 	}
 	box := h.Seal[keyIDSize:]
 	if len(box) < k.head.NonceSize() {
-		return rows, errors.New("the seal of its head is cut")
+		return rows, rolledBack(untrusted, errors.New("the seal of its head is cut"))
 	}
 	n := k.head.NonceSize()
 	plain, err := k.head.Open(nil, box[:n], box[n:], headData(&h))
 	if err != nil || len(plain) != sha256.Size {
-		return rows, errors.New("the seal of its head does not fit")
+		return rows, rolledBack(untrusted, errors.New("the seal of its head does not fit"))
 	}
 	for i := range rows {
 		rows[i] = binary.LittleEndian.Uint64(plain[8*i:])
@@ -105,6 +105,9 @@ func (s *sealer) openHead(h Head) (rows sum, err error) {
 
 // codeRolledBack: the store is not what was written last.
 const codeRolledBack = "storage.rolled_back"
+
+// untrusted is what a head that nobody with the key has written makes of a store.
+const untrusted = "the record store cannot be trusted"
 
 // rolledBack refuses a store whose head or rows are not those that were written
 // last: who was revoked since could be let in again.
@@ -124,13 +127,16 @@ const verifyFirst = time.Second
 // verify adds up all rows and compares them with the head.
 func (s *Server) verify(ctx context.Context) error {
 	var want, got sum
+	var seal *sealer
 	err := s.store.Scan(ctx, Query{Tombstones: true}, func(h Head) (err error) {
-		if want, err = s.seal.openHead(h); err != nil {
-			return rolledBack("the record store cannot be trusted", err)
+		if err := s.keysFor(h, s.storedRing(ctx)); err != nil {
+			return err
 		}
-		return nil
+		seal = s.sealer.Load()
+		want, err = seal.openHead(h)
+		return err
 	}, func(row Row) error {
-		got.add(s.seal.term(&row))
+		got.add(seal.term(&row))
 		return nil
 	})
 	if err != nil {

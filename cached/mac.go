@@ -2,7 +2,6 @@ package cached
 
 import (
 	"crypto/cipher"
-	"crypto/hkdf"
 	"crypto/hmac"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -14,28 +13,27 @@ import (
 	"golang.org/x/crypto/chacha20poly1305"
 
 	"sallyport"
+	"sallyport/internal/keyring"
 )
-
-// KeySize is the length of the key of the rows' codes, in bytes.
-const KeySize = 32
 
 const (
 	macLabel  = "sallyport cached row v1"
-	keyIDSize = 4
+	keyIDSize = len(keyring.ID{})
 	codeSize  = keyIDSize + sha256.Size
 )
 
-// sealer makes and checks the codes of rows and the seal of the head. It is safe
-// for concurrent use.
+// sealer makes and checks the codes of rows and the seal of the head with the keys
+// of one ring. It is never changed, and safe for concurrent use.
 type sealer struct {
+	ring   keyring.Ring
 	active *rowKey
-	keys   map[[keyIDSize]byte]*rowKey
+	keys   map[keyring.ID]*rowKey
 	bufs   sync.Pool // of *[]byte
 }
 
 // rowKey is one key with what is derived from it: one key, one purpose.
 type rowKey struct {
-	id    [keyIDSize]byte
+	id    keyring.ID
 	codes hashes      // of rows
 	terms hashes      // of the sum of rows
 	head  cipher.AEAD // XChaCha20-Poly1305
@@ -44,33 +42,33 @@ type rowKey struct {
 // hashes is a pool of HMACs under one key.
 type hashes struct{ pool sync.Pool }
 
-func newSealer(key []byte) (*sealer, error) {
-	k, err := newRowKey(key)
-	if err != nil {
-		return nil, err
+func newSealer(ring keyring.Ring) (*sealer, error) {
+	s := &sealer{
+		ring: ring,
+		keys: map[keyring.ID]*rowKey{},
+		bufs: sync.Pool{New: func() any { return new([]byte) }},
 	}
-	return &sealer{
-		active: k,
-		keys:   map[[keyIDSize]byte]*rowKey{k.id: k},
-		bufs:   sync.Pool{New: func() any { return new([]byte) }},
-	}, nil
-}
-
-func newRowKey(key []byte) (*rowKey, error) {
-	var derived [4][]byte
-	for i, use := range []string{"id", "row", "sum", "head"} {
-		var err error
-		if derived[i], err = hkdf.Key(sha256.New, key, nil, "sallyport cached "+use+" v1", 32); err != nil {
+	for _, key := range ring.Keys() {
+		k, err := newRowKey(key)
+		if err != nil {
 			return nil, err
 		}
+		s.keys[key.ID] = k
 	}
-	head, err := chacha20poly1305.NewX(derived[3])
+	s.active = s.keys[ring.Active().ID]
+	return s, nil
+}
+
+func newRowKey(key keyring.Key) (*rowKey, error) {
+	derive := func(use string) []byte { return key.Secret.Derive("sallyport cached " + use + " v1") }
+	head, err := chacha20poly1305.NewX(derive("head"))
 	if err != nil {
 		return nil, err
 	}
-	k := &rowKey{id: [keyIDSize]byte(derived[0]), head: head}
-	k.codes.pool.New = func() any { return hmac.New(sha256.New, derived[1]) }
-	k.terms.pool.New = func() any { return hmac.New(sha256.New, derived[2]) }
+	codes, terms := derive("row"), derive("sum")
+	k := &rowKey{id: key.ID, head: head}
+	k.codes.pool.New = func() any { return hmac.New(sha256.New, codes) }
+	k.terms.pool.New = func() any { return hmac.New(sha256.New, terms) }
 	return k, nil
 }
 
@@ -89,7 +87,7 @@ func (s *sealer) keyOf(code []byte) *rowKey {
 	if len(code) < keyIDSize {
 		return nil
 	}
-	return s.keys[[keyIDSize]byte(code)]
+	return s.keys[keyring.ID(code)]
 }
 
 // seal returns r as a row with owner and code.

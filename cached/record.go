@@ -74,6 +74,9 @@ func checkOp(op *sallyport.Op) error {
 	if !validKind(op.Kind) {
 		return refuse("%q is not a kind", op.Kind)
 	}
+	if err := reachable(op.Kind, op.ID); err != nil {
+		return err
+	}
 	if op.ID == "" || len(op.ID) > maxID || hasControl(op.ID) {
 		return refuse("%s: %q is not an id", op.Kind, op.ID)
 	}

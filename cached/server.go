@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"sallyport"
+	"sallyport/internal/keyring"
 	"sallyport/internal/logging"
 )
 
@@ -18,9 +19,9 @@ type Deps struct {
 	// Store is the engine, opened; whoever opened it closes it, after Run.
 	// Required.
 	Store Store
-	// MACKey is the key of the rows' codes, KeySize bytes. Rows written under
-	// another key read as missing. Required.
-	MACKey []byte
+	// KEK opens the keys of the rows' codes, which lie in the store. A store that
+	// another one opens is refused with keys.wrong. Required.
+	KEK keyring.KEK
 	// Audit gets every change before it is made; nil: changes are not audited.
 	Audit sallyport.Auditor
 	// Log; nil: nothing is logged.
@@ -36,7 +37,6 @@ type Deps struct {
 type Server struct {
 	store  Store
 	shared Shared // the store, if others write it, too; else nil
-	seal   *sealer
 	audit  sallyport.Auditor
 	log    logging.Logger
 	clock  *clock
@@ -44,6 +44,11 @@ type Server struct {
 
 	queue queue
 	feed  *feed
+
+	sealer   atomic.Pointer[sealer] // of the ring of row keys, as it was read last
+	ringMu   sync.Mutex             // one reads the ring at a time; guards kek
+	kek      keyring.KEK
+	replaced chan struct{} // room for one: there is a row key to replace
 
 	// ended is closed with reason set, once, when the server takes no more
 	// requests: it was closed or its store broke.
@@ -66,26 +71,27 @@ func New(cfg Config, deps Deps) (*Server, error) {
 	if deps.Store == nil {
 		return nil, errors.New("cached: no store")
 	}
-	if len(deps.MACKey) != KeySize {
-		return nil, fmt.Errorf("cached: the key of the records has %d bytes, want %d", len(deps.MACKey), KeySize)
-	}
-	seal, err := newSealer(deps.MACKey)
-	if err != nil {
-		return nil, fmt.Errorf("cached: %w", err)
+	if deps.KEK.IsZero() {
+		return nil, errors.New("cached: no key-encryption key")
 	}
 	head, err := deps.Store.Head(context.Background())
 	if err != nil {
 		return nil, fmt.Errorf("cached: %w", err)
 	}
+	if isUnfinished(head) {
+		return nil, fmt.Errorf("cached: %w", unfinished())
+	}
 	s := &Server{
 		store: deps.Store,
-		seal:  seal,
 		audit: deps.Audit,
 		log:   deps.Log,
 		epoch: head.Epoch,
 		feed:  newFeed(head.Revision),
 		ended: make(chan struct{}),
 		purge: purgeClock{age: cmp.Or(deps.TombstoneAge, tombstoneAge)},
+		kek:   deps.KEK,
+
+		replaced: make(chan struct{}, 1),
 	}
 	s.queue.busy = make(chan struct{}, 1)
 	if s.log == nil {
@@ -93,6 +99,9 @@ func New(cfg Config, deps Deps) (*Server, error) {
 	}
 	s.clock = newClock(deps.Now, s.log)
 	s.shared, _ = deps.Store.(Shared)
+	if err := s.openRing(context.Background()); err != nil {
+		return nil, fmt.Errorf("cached: %w", err)
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), verifyFirst)
 	defer cancel()
 	if err := s.verify(ctx); err == nil {
@@ -118,6 +127,7 @@ func (s *Server) Run(ctx context.Context) error {
 	if !s.verified {
 		others.Go(func() { s.verifyLate(ctx) })
 	}
+	others.Go(func() { s.keepKeys(ctx) })
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
 	for {
@@ -199,7 +209,7 @@ func (s *Server) check(err error) error {
 			Hint:    "check the disk, then start cached again: everything acknowledged is on it",
 			Err:     err,
 		}
-	case errors.As(err, &e) && (e.Code == codeRolledBack || e.Code == codeReplaced):
+	case errors.As(err, &e) && (e.Code == codeRolledBack || e.Code == codeReplaced || e.Code == codeWrongKey):
 	default:
 		return err
 	}
@@ -212,7 +222,13 @@ func (s *Server) Get(ctx context.Context, kind sallyport.Kind, id string) (sally
 	if err := s.readable(); err != nil {
 		return sallyport.Record{}, err
 	}
+	if err := reachable(kind, id); err != nil {
+		return sallyport.Record{}, err
+	}
 	row, err := s.store.Get(ctx, kind, id)
+	if err == nil {
+		err = s.keyOf(ctx, &row)
+	}
 	if err == nil && !s.live(&row, s.clock.now()) {
 		err = sallyport.ErrNotFound
 	}
@@ -234,7 +250,7 @@ func (s *Server) List(ctx context.Context, kind sallyport.Kind) ([]sallyport.Rec
 	list := []sallyport.Record{}
 	now := s.clock.now()
 	err := s.store.Scan(ctx, Query{Kinds: []sallyport.Kind{kind}},
-		func(Head) error { return nil },
+		func(h Head) error { return s.keysFor(h, s.storedRing(ctx)) },
 		func(row Row) error {
 			if s.live(&row, now) {
 				list = append(list, row.Record)
@@ -256,7 +272,7 @@ func (s *Server) live(row *Row, now time.Time) bool {
 // trusted reports whether the row is as it was written. One that is not counts
 // as missing everywhere: what cannot be proved authorises nobody.
 func (s *Server) trusted(row *Row) bool {
-	if s.seal.genuine(row) {
+	if s.sealer.Load().genuine(row) {
 		return true
 	}
 	id := row.ID

@@ -71,6 +71,8 @@ type Change struct {
 	Rows []Row
 	// Forget names rows that go without a trace.
 	Forget []Key
+	// Ended is what the rows end; an engine with a journal writes it down first.
+	Ended []Ending
 	// Head replaces the store's.
 	Head Head
 }

@@ -140,11 +140,11 @@ func (s *Server) forget(tx Tx, upTo sallyport.Revision) (Change, int, error) {
 		return Change{}, 0, err
 	}
 	for i := range rows {
-		v.sum.sub(s.seal.term(&rows[i]))
+		v.sum.sub(v.seal.term(&rows[i]))
 	}
 	head := v.base
 	head.Compacted = max(head.Compacted, upTo)
-	return Change{Forget: keysOf(rows), Head: s.seal.sealHead(head, v.sum)}, len(rows), nil
+	return Change{Forget: keysOf(rows), Head: v.seal.sealHead(head, v.sum)}, len(rows), nil
 }
 
 func keysOf(rows []Row) []Key {

@@ -135,6 +135,9 @@ func (w *watch) scan(ctx context.Context, parts chan<- []Row) error {
 			if err := w.server.follows(head, 0); err != nil {
 				return err
 			}
+			if err := w.server.keysFor(head, w.server.storedRing(ctx)); err != nil {
+				return err
+			}
 			w.at = head.Revision
 			return w.send(sallyport.WatchBegin, nil, 0)
 		},
@@ -240,6 +243,9 @@ func (w *watch) catchUp(ctx context.Context) error {
 	rows, head, err := w.server.store.Changed(ctx, w.at, catchUpMax+1)
 	if err == nil {
 		err = w.server.follows(head, w.at)
+	}
+	if err == nil {
+		err = w.server.keysFor(head, w.server.storedRing(ctx))
 	}
 	if err != nil {
 		return fmt.Errorf("watch: %w", w.server.check(err))

@@ -16,6 +16,7 @@ import (
 	"sallyport/audit"
 	"sallyport/cached"
 	"sallyport/cached/memory"
+	"sallyport/internal/keyring"
 	"sallyport/internal/logging"
 	"sallyport/internal/relay"
 	"sallyport/internal/tlsid"
@@ -147,7 +148,7 @@ func throughGRPC(b *testing.B, s *policyd.Server) decides {
 
 func newRedecide(b *testing.B, reach func(*testing.B, *policyd.Server) decides) *redecide {
 	b.Helper()
-	records, err := cached.New(cached.Config{}, cached.Deps{Store: memory.New(), MACKey: make([]byte, cached.KeySize)})
+	records, err := cached.New(cached.Config{}, cached.Deps{Store: memory.New(), KEK: keyring.NewKEK()})
 	if err != nil {
 		b.Fatal(err)
 	}

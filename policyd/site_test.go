@@ -16,6 +16,7 @@ import (
 	"sallyport"
 	"sallyport/cached"
 	"sallyport/cached/memory"
+	"sallyport/internal/keyring"
 	"sallyport/internal/logging"
 	"sallyport/internal/telemetry"
 	"sallyport/proto/proof"
@@ -49,7 +50,7 @@ func inSite(t *testing.T, cfg Config, routes []sallyport.Route, f func(*testing.
 
 func newSite(t *testing.T, cfg Config) *site {
 	t.Helper()
-	store, err := cached.New(cached.Config{}, cached.Deps{Store: memory.New(), MACKey: make([]byte, cached.KeySize)})
+	store, err := cached.New(cached.Config{}, cached.Deps{Store: memory.New(), KEK: keyring.NewKEK()})
 	if err != nil {
 		t.Fatal(err)
 	}

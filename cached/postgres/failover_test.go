@@ -137,12 +137,12 @@ func of(t *testing.T, c *postgrestest.Cluster, url string) postgres.Config {
 func TestCase_L12_Failover(t *testing.T) {
 	primary, standby, db := two(t)
 	url := primary.URL(db, standby)
-	key := storetest.Key()
+	key := storetest.KEK()
 	var servers []*cached.Server
 	var stores []*postgres.Store
 	for range 2 {
 		stores = append(stores, open(t, of(t, primary, url)))
-		servers = append(servers, storetest.Run(t, cached.Deps{Store: stores[len(stores)-1], MACKey: key}))
+		servers = append(servers, storetest.Run(t, cached.Deps{Store: stores[len(stores)-1], KEK: key}))
 	}
 	before, err := stores[0].Head(t.Context())
 	must(t, err)
@@ -165,7 +165,7 @@ func TestCase_L12_Failover(t *testing.T) {
 		t.Errorf("got head %+v after %+v; want the same history", after, before)
 	}
 	// Both servers tell what is there now, and a new one finds all rows genuine.
-	for _, s := range append(servers, storetest.Run(t, cached.Deps{Store: open(t, of(t, standby, standby.URL(db))), MACKey: key})) {
+	for _, s := range append(servers, storetest.Run(t, cached.Deps{Store: open(t, of(t, standby, standby.URL(db))), KEK: key})) {
 		eventually(t, "a server follows the new primary", func() bool {
 			records, err := s.List(t.Context(), sallyport.KindRecord)
 			return err == nil && len(records) >= l.count() && watches(t, s)
@@ -276,9 +276,9 @@ func TestCase_L12_SerializationFailure(t *testing.T) {
 func TestCase_L12_ACutOffPrimaryCannotConfirm(t *testing.T) {
 	t.Parallel() // it waits more than it works
 	primary, standby, db := two(t)
-	key := storetest.Key()
-	stuck := storetest.Run(t, cached.Deps{Store: open(t, of(t, primary, primary.URL(db))), MACKey: key})
-	moves := storetest.Run(t, cached.Deps{Store: open(t, of(t, primary, primary.URL(db, standby))), MACKey: key})
+	key := storetest.KEK()
+	stuck := storetest.Run(t, cached.Deps{Store: open(t, of(t, primary, primary.URL(db))), KEK: key})
+	moves := storetest.Run(t, cached.Deps{Store: open(t, of(t, primary, primary.URL(db, standby))), KEK: key})
 	put := func(s *cached.Server, id string) error {
 		_, err := s.Apply(t.Context(), []sallyport.Op{sallyport.Put(sallyport.KindRecord, id, 1)})
 		return err
@@ -296,7 +296,7 @@ func TestCase_L12_ACutOffPrimaryCannotConfirm(t *testing.T) {
 	eventually(t, "the other one writes to the new primary", func() bool { return put(moves, "after") == nil })
 	eventually(t, "and is sure of it", func() bool { return watches(t, moves) })
 	t.Logf("the server that knows both went on %v after the promotion", time.Since(promoted))
-	fresh := storetest.Run(t, cached.Deps{Store: open(t, of(t, standby, standby.URL(db))), MACKey: key})
+	fresh := storetest.Run(t, cached.Deps{Store: open(t, of(t, standby, standby.URL(db))), KEK: key})
 	if _, err := fresh.Get(t.Context(), sallyport.KindRecord, "after"); err != nil {
 		t.Errorf("got %v; want what was written after the failover", err)
 	}

@@ -18,11 +18,21 @@ import (
 	"sallyport"
 	"sallyport/cached"
 	"sallyport/cached/sqlite"
+	"sallyport/internal/keyring"
 )
 
 var kills = flag.Int("kills", 200, "how often TestCase_L1 kills the writing process; `make crash` says 1000")
 
 const crashWriters = 4
+
+// crashKey is the same in the process that writes and in the one that looks.
+func crashKey() keyring.KEK {
+	kek, err := keyring.ParseKEK([]byte("000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"))
+	if err != nil {
+		panic(err)
+	}
+	return kek
+}
 
 // writeForever writes from several goroutines and tells each acknowledged
 // operation on standard output, in one line, after it was acknowledged.
@@ -181,7 +191,7 @@ func (l *ledger) follow(t *testing.T, cmd *exec.Cmd, each func()) error {
 // one operation further.
 func (l *ledger) check(t *testing.T, store *sqlite.Store) {
 	t.Helper()
-	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: crashKey})
+	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, KEK: crashKey()})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -87,7 +87,7 @@ func judge(t *testing.T, path string) (seen []authorised, refused bool) {
 		return nil, true
 	}
 	defer store.Close() // may find the damage, too
-	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: key})
+	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, KEK: key})
 	if err != nil {
 		return nil, true
 	}

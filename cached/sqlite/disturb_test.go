@@ -183,7 +183,7 @@ const logBound = 256 << 20
 func TestCase_L17_AStuckSnapshotIsEnded(t *testing.T) {
 	path := filled(t, 100)
 	store := open(t, path)
-	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: key})
+	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, KEK: key})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -229,7 +229,7 @@ func TestCase_L17_AForeignReaderStopsAdditionsOnly(t *testing.T) {
 	const sessions = 100
 	path := filled(t, sessions)
 	store := open(t, path)
-	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: key})
+	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, KEK: key})
 	if err != nil {
 		t.Fatal(err)
 	}

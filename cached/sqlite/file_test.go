@@ -18,7 +18,7 @@ import (
 	"sallyport/cached/storetest"
 )
 
-var key = storetest.Key()
+var key = storetest.KEK()
 
 // serve returns a server over the file and what ends both.
 func serve(t testing.TB, path string) (*cached.Server, func()) {
@@ -27,7 +27,7 @@ func serve(t testing.TB, path string) (*cached.Server, func()) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: key})
+	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, KEK: key})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -241,7 +241,7 @@ func TestCase_L8_ContentOfAnotherRowDoesNotVerify(t *testing.T) {
 			path := filled(t, 2)
 			inSQL(t, path, c.text)
 			store := open(t, path)
-			s, err := cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: key})
+			s, err := cached.New(cached.Config{}, cached.Deps{Store: store, KEK: key})
 			if c.refused {
 				if sallyport.CodeOf(err) != "storage.rolled_back" {
 					t.Errorf("got %v; want storage.rolled_back", err)
@@ -270,7 +270,7 @@ func TestCase_L8_ARowThatWasPutBackIsRefused(t *testing.T) {
 	}
 	end()
 	inSQL(t, path, `REPLACE INTO record SELECT * FROM kept`)
-	if _, err := cached.New(cached.Config{}, cached.Deps{Store: open(t, path), MACKey: key}); sallyport.CodeOf(err) != "storage.rolled_back" {
+	if _, err := cached.New(cached.Config{}, cached.Deps{Store: open(t, path), KEK: key}); sallyport.CodeOf(err) != "storage.rolled_back" {
 		t.Errorf("got %v; want storage.rolled_back", err)
 	}
 }

@@ -56,14 +56,12 @@ func helper(t *testing.T, name, path string, front ...string) *exec.Cmd {
 }
 
 // crashKey is what helpers and the tests that read after them have in common.
-var crashKey = make([]byte, cached.KeySize)
-
 // openServed opens the store with a server over it that keeps house.
 func openServed(path string) (store *sqlite.Store, s *cached.Server, end func() error, err error) {
 	if store, err = sqlite.Open(path, sqlite.Config{}); err != nil {
 		return nil, nil, nil, err
 	}
-	if s, err = cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: crashKey}); err != nil {
+	if s, err = cached.New(cached.Config{}, cached.Deps{Store: store, KEK: crashKey()}); err != nil {
 		return nil, nil, nil, err
 	}
 	ctx, cancel := context.WithCancel(context.Background())

@@ -50,7 +50,7 @@ func writeTrace(path string) error {
 			return err
 		}
 		sqlite.CheckpointAt(store, 60) // several times in a hundred operations
-		s, err := cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: crashKey})
+		s, err := cached.New(cached.Config{}, cached.Deps{Store: store, KEK: crashKey()})
 		if err != nil {
 			return err
 		}
@@ -95,7 +95,7 @@ func contentOf(t testing.TB, store cached.Store) (c content, head cached.Head) {
 func tracedContents(t *testing.T) []content {
 	t.Helper()
 	store := memory.New()
-	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: crashKey})
+	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, KEK: crashKey()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -129,7 +129,7 @@ func TestCase_L1_L15_EveryCrashImageOpensWhole(t *testing.T) {
 		if !maps.Equal(got, after[n]) {
 			return fmt.Errorf("at revision %d there is %v; want %v", n, slices.Sorted(maps.Values(got)), slices.Sorted(maps.Values(after[n])))
 		}
-		_, err = cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: crashKey})
+		_, err = cached.New(cached.Config{}, cached.Deps{Store: store, KEK: crashKey()})
 		return err
 	})
 	t.Logf("%d images", images)

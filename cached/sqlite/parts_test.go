@@ -51,7 +51,7 @@ func TestCase_L5_NoCombinationOfDamagedPartsStartsEmpty(t *testing.T) {
 							continue
 						}
 						got, _ := contentOf(t, store)
-						_, err = cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: key})
+						_, err = cached.New(cached.Config{}, cached.Deps{Store: store, KEK: key})
 						if err == nil && !maps.Equal(got, want) {
 							t.Errorf("started with %d rows, not the %d that were written", len(got), len(want))
 						}
@@ -71,7 +71,7 @@ func allInTheLog(t *testing.T) (map[string][]byte, content) {
 	t.Helper()
 	path := filled(t, 0)
 	store := open(t, path)
-	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: key})
+	s, err := cached.New(cached.Config{}, cached.Deps{Store: store, KEK: key})
 	if err != nil {
 		t.Fatal(err)
 	}

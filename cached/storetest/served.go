@@ -27,7 +27,7 @@ func forgotten(t *testing.T, s cached.Store, rev sallyport.Revision) {
 }
 
 func servedCompacted(t *testing.T, e *engine) {
-	deps := cached.Deps{Store: e.Store, MACKey: Key(), TombstoneAge: soonForgotten}
+	deps := cached.Deps{Store: e.Store, KEK: KEK(), TombstoneAge: soonForgotten}
 	s, stop := start(t, deps)
 	awaitCurrent(t, s)
 	c := &client{t, s}
@@ -53,7 +53,7 @@ func servedCompacted(t *testing.T, e *engine) {
 }
 
 func servedCloses(t *testing.T, e *engine) {
-	s, stop := start(t, cached.Deps{Store: e.Store, MACKey: Key()})
+	s, stop := start(t, cached.Deps{Store: e.Store, KEK: KEK()})
 	awaitCurrent(t, s)
 	c := &client{t, s}
 	w := c.watch(sallyport.WatchRequest{})
@@ -76,7 +76,7 @@ func servedCloses(t *testing.T, e *engine) {
 }
 
 func servedLosesLease(t *testing.T, e *engine) {
-	s, stop := start(t, cached.Deps{Store: e.Store, MACKey: Key()})
+	s, stop := start(t, cached.Deps{Store: e.Store, KEK: KEK()})
 	err := s.Lease(t.Context(), "x", time.Minute, func(held context.Context) error {
 		if err := stop(); err != nil {
 			return err

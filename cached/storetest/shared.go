@@ -11,6 +11,7 @@ import (
 
 	"sallyport"
 	"sallyport/cached"
+	"sallyport/internal/keyring"
 )
 
 // Shared runs the suite of the engines whose store several servers write. open
@@ -18,7 +19,7 @@ import (
 func Shared(t *testing.T, open func(t *testing.T) (a, b cached.Shared)) {
 	for _, c := range sharedCases {
 		t.Run(c.name, func(t *testing.T) {
-			p := &pair{t: t, key: Key()}
+			p := &pair{t: t, key: KEK()}
 			p.stores[0], p.stores[1] = open(t)
 			c.run(t, p)
 		})
@@ -45,11 +46,11 @@ var sharedCases = []struct {
 // pair is two servers over one store.
 type pair struct {
 	t      *testing.T
-	key    []byte
+	key    keyring.KEK
 	stores [2]cached.Shared
 }
 
-func (p *pair) deps(i int) cached.Deps { return cached.Deps{Store: p.stores[i], MACKey: p.key} }
+func (p *pair) deps(i int) cached.Deps { return cached.Deps{Store: p.stores[i], KEK: p.key} }
 
 // serve returns both servers, running until the test ends.
 func (p *pair) serve() (a, b *client) {

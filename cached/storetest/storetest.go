@@ -7,7 +7,6 @@ package storetest
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"sync"
 	"testing"
@@ -16,6 +15,7 @@ import (
 	"sallyport"
 	"sallyport/cached"
 	"sallyport/cached/memory"
+	"sallyport/internal/keyring"
 )
 
 // API is everything that users of the record store call.
@@ -32,7 +32,7 @@ func Serve(t testing.TB, store cached.Store) *cached.Server {
 	if store == nil {
 		store = memory.New()
 	}
-	return Run(t, cached.Deps{Store: store, MACKey: Key()})
+	return Run(t, cached.Deps{Store: store, KEK: KEK()})
 }
 
 // Run returns a server with these parts, running until the test ends.
@@ -80,12 +80,8 @@ func awaitCurrent(t testing.TB, s *cached.Server) {
 	t.Fatal("the store does not confirm that it is the one in use")
 }
 
-// Key returns a fresh key for the rows' codes.
-func Key() []byte {
-	key := make([]byte, cached.KeySize)
-	rand.Read(key)
-	return key
-}
+// KEK returns a fresh key-encryption key, for Deps of a store of their own.
+func KEK() keyring.KEK { return keyring.NewKEK() }
 
 // Records runs the suite of sallyport.Records, Lister and Revoker. open returns
 // an implementation over an empty, running store of its own, which lives until

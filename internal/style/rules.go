@@ -67,7 +67,7 @@ var owners = []Owner{
 	{"golang.org/x/net/ipv4", []string{"tunnel/h3"}, true},
 	{"golang.org/x/net/ipv6", []string{"tunnel/h3"}, true},
 	{"golang.org/x/crypto/argon2", []string{"authd/idp"}, true},
-	{"golang.org/x/crypto/chacha20poly1305", []string{"authd", "cached"}, true},
+	{"golang.org/x/crypto/chacha20poly1305", []string{"authd", "cached", "internal/keyring"}, true},
 	{"golang.org/x/crypto/ssh", []string{"cmd/sallyport", "policyd/policy", "policyd/scenario", "integration"}, true},
 	{"golang.org/x/term", []string{"cmd", "agent"}, true},
 

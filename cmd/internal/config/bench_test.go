@@ -13,6 +13,7 @@ import (
 	"sallyport"
 	"sallyport/cached"
 	"sallyport/cached/sqlite"
+	"sallyport/internal/keyring"
 	"sallyport/internal/logging"
 	"sallyport/internal/telemetry"
 	"sallyport/policyd"
@@ -113,7 +114,7 @@ func deployment(b *testing.B, known func(string) *policy.Policy) (records Store,
 	if err != nil {
 		b.Fatal(err)
 	}
-	c, err := cached.New(cached.Config{}, cached.Deps{Store: store, MACKey: make([]byte, cached.KeySize)})
+	c, err := cached.New(cached.Config{}, cached.Deps{Store: store, KEK: keyring.NewKEK()})
 	if err != nil {
 		b.Fatal(err)
 	}

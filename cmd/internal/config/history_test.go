@@ -15,6 +15,7 @@ import (
 	"sallyport"
 	"sallyport/cached"
 	"sallyport/cached/memory"
+	"sallyport/internal/keyring"
 )
 
 // archive is a cached whose audit log can be read.
@@ -47,7 +48,7 @@ func newArchive(t *testing.T) *archive {
 	t.Helper()
 	a := &archive{}
 	var err error
-	a.Server, err = cached.New(cached.Config{}, cached.Deps{Store: memory.New(), MACKey: make([]byte, cached.KeySize), Audit: a})
+	a.Server, err = cached.New(cached.Config{}, cached.Deps{Store: memory.New(), KEK: keyring.NewKEK(), Audit: a})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"sallyport"
+	"sallyport/internal/keyring"
 	"sallyport/internal/tlsid"
 )
 
@@ -185,6 +186,19 @@ func (l Layout) Secret(name string) ([]byte, error) {
 		return nil, fmt.Errorf("%s: %d bytes, want 32: the file is damaged; restore it from a backup", l.secret(name), len(b))
 	}
 	return b, nil
+}
+
+// KEK loads a key-encryption key.
+func (l Layout) KEK(name string) (keyring.KEK, error) {
+	b, err := tlsid.ReadKeyFile(l.secret(name))
+	if err != nil {
+		return keyring.KEK{}, Missing(err)
+	}
+	kek, err := keyring.ParseKEK(b)
+	if err != nil {
+		return keyring.KEK{}, fmt.Errorf("%s: %w", l.secret(name), err)
+	}
+	return kek, nil
 }
 
 func (l Layout) secret(name string) string { return filepath.Join(l.Dir, "keys", name+".key") }

@@ -18,7 +18,7 @@ import (
 // Open opens the records of the process and keeps them going until it ends.
 func Open(p *run.Process) (*cached.Server, error) {
 	layout, log := p.Config.Layout(), p.Log.Named("cached")
-	key, err := layout.Secret(config.RecordsKey)
+	key, err := layout.KEK(config.RecordsKey)
 	if err != nil {
 		return nil, err
 	}
@@ -36,7 +36,7 @@ func Open(p *run.Process) (*cached.Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	server, err := cached.New(p.Config.Cached, cached.Deps{Store: engine, MACKey: key, Audit: auditor, Log: log})
+	server, err := cached.New(p.Config.Cached, cached.Deps{Store: engine, KEK: key, Audit: auditor, Log: log})
 	if err != nil {
 		return nil, err
 	}
