@@ -20,6 +20,7 @@ type Services struct {
 	Records    sallyport.Records
 	Lister     sallyport.Lister
 	Revoker    sallyport.Revoker
+	Backuper   sallyport.Backuper
 	Authorizer sallyport.Authorizer
 	Explainer  sallyport.Explainer
 	Changes    sallyport.Changes
@@ -75,6 +76,9 @@ func NewServer(tlsConf *tls.Config, domain string, s Services, log logging.Logge
 	}
 	if s.Revoker != nil {
 		pb.RegisterRevokerServer(srv.grpc, &revokerServer{revoker: s.Revoker})
+	}
+	if s.Backuper != nil {
+		pb.RegisterBackuperServer(srv.grpc, &backuperServer{backuper: s.Backuper})
 	}
 	return srv
 }

@@ -52,7 +52,7 @@ func (p pki) client(kind, to string) *tls.Config {
 // all is what both daemons together offer.
 func all(s *site) control.Services {
 	return control.Services{
-		Records: s, Lister: lister{s}, Revoker: s,
+		Records: s, Lister: lister{s}, Revoker: s, Backuper: s,
 		Authorizer: policy{s}, Explainer: policy{s}, Changes: policy{s}, Posture: policy{s},
 	}
 }
@@ -96,7 +96,7 @@ func dial(t testing.TB, conf *tls.Config, addrs ...string) *control.Client {
 
 func remote(c *control.Client) services {
 	r, p := c.Records(), c.Policy()
-	return services{r, r, r, p, p, p, p}
+	return services{r, r, r, r, p, p, p, p}
 }
 
 func overTLS(t *testing.T, s *site) services {
