@@ -63,6 +63,8 @@ type Config struct {
 	Marker string
 	// Log; nil: nothing is logged.
 	Log logging.Logger
+	// Restore is pending.
+	Restore bool
 }
 
 // Bounds of what one store takes of PostgreSQL. Each read that lasts (a snapshot

@@ -48,6 +48,8 @@ type Config struct {
 	BusyTimeout time.Duration
 	// Log; nil: nothing is logged.
 	Log logging.Logger
+	// Restore is pending.
+	Restore bool
 
 	reserve int64 // bytes, smaller in tests that open thousands of stores
 }

@@ -201,6 +201,9 @@ func (l Layout) KEK(name string) (keyring.KEK, error) {
 	return kek, nil
 }
 
+// KEKFile is where a key-encryption key lies.
+func (l Layout) KEKFile(name string) string { return l.secret(name) }
+
 func (l Layout) secret(name string) string { return filepath.Join(l.Dir, "keys", name+".key") }
 
 // AuditKey loads the key that signs a daemon's audit heads.

@@ -56,12 +56,19 @@ func openEngine(p *run.Process) (cached.Store, error) {
 		p.AtEnd(s.Close)
 		return s, nil
 	}
-	s, err := postgres.Open(p.Context(), postgres.Config{
-		URL: cfg.Store, PasswordFile: cfg.StorePasswordFile, Marker: layout.PostgresMarker(), Log: log,
-	})
+	onDatabase := onPostgres(p.Config)
+	onDatabase.Log = log
+	s, err := postgres.Open(p.Context(), onDatabase)
 	if err != nil {
 		return nil, err
 	}
 	p.AtEnd(s.Close)
 	return s, nil
+}
+
+// onPostgres says where the store in PostgreSQL is.
+func onPostgres(f *config.File) postgres.Config {
+	return postgres.Config{
+		URL: f.Cached.Store, PasswordFile: f.Cached.StorePasswordFile, Marker: f.Layout().PostgresMarker(),
+	}
 }
