@@ -354,7 +354,7 @@ func unfinished() error {
 		Outcome: sallyport.OutcomeInternal,
 		Code:    codeUnfinished,
 		Message: "a backup was being restored into the record store, and that was not finished",
-		Hint:    "empty the store and restore again: sallyport restore FILE --config FILE",
+		Hint:    "restore again: sallyport restore FILE --config FILE",
 	}
 }
 

@@ -95,16 +95,19 @@ func (r *restoring) backup(ctx context.Context, f *config.File, kek keyring.KEK)
 	if err != nil && !(r.dropDamaged && sallyport.CodeOf(err) == "backup.changed") {
 		return nil, fmt.Errorf("%s: %w", r.file, err)
 	}
-	journal, why, err := r.readJournal(f)
-	if err != nil {
-		return nil, err
-	}
-	opts := cached.RestoreOptions{Journal: journal, DropDamaged: r.dropDamaged}
-	if journal != nil {
-		opts.Above = journal.Reached
-	}
-	done := &restored{Schema: restoreSchema, File: r.file, Journal: journalUse{Why: why}}
-	done.KeptIn, err = store.Replace(ctx, f, func(s cached.Store) error {
+	done := &restored{Schema: restoreSchema, File: r.file}
+	done.KeptIn, err = store.Replace(ctx, f, kek, func(s cached.Store) error {
+		// Only now nobody can write into the journal any more.
+		journal, why, err := r.readJournal(f, kek)
+		if err != nil {
+			return err
+		}
+		above, err := store.Reached(f)
+		if err != nil {
+			return err
+		}
+		done.Journal = journalUseOf(journal, why, info.Head)
+		opts := cached.RestoreOptions{Journal: journal, Above: above, DropDamaged: r.dropDamaged}
 		what := fmt.Sprintf("restore of the backup of %s at revision %d (%s)", info.Made.Format(time.RFC3339), info.Head.Revision, info.Head.Epoch)
 		return audited(ctx, f, what, func() (cached.Restored, error) {
 			got, err := cached.Restore(ctx, cached.Deps{Store: s, KEK: kek}, in, opts)
@@ -115,30 +118,30 @@ func (r *restoring) backup(ctx context.Context, f *config.File, kek keyring.KEK)
 	if err != nil {
 		return nil, err
 	}
-	done.Journal.about(journal, info.Head)
 	return done, nil
 }
 
 // readJournal returns the journal that was asked for; nil, and why, if there is none.
-func (r *restoring) readJournal(f *config.File) (j *cached.Journal, why string, err error) {
+func (r *restoring) readJournal(f *config.File, kek keyring.KEK) (j *cached.Journal, why string, err error) {
 	switch {
 	case r.dropDamaged:
 		return nil, "--drop-damaged", nil
 	case r.journal == "none":
 		return nil, "--journal none", nil
 	case r.journal == "auto":
-		return store.Journal(f)
+		j, why = store.Journal(f, kek)
+		return j, why, nil
 	}
-	if j, why, err = store.JournalAt(r.journal); err == nil && j == nil {
-		return nil, "", run.Usage("name the database that the journal belongs to", "--journal %s: %s", r.journal, why)
+	if j, err = store.JournalAt(r.journal, kek); err != nil {
+		return nil, "", run.Usage("name the database that the journal belongs to, with a path", "--journal %s: %v", r.journal, err)
 	}
-	return j, why, err
+	return j, "", nil
 }
 
 // restoreInPlace takes the store as it is.
 func restoreInPlace(ctx context.Context, f *config.File, kek keyring.KEK) (*restored, error) {
 	done := &restored{Schema: restoreSchema, InPlace: true}
-	err := store.InPlace(ctx, f, func(s cached.Store) error {
+	err := store.InPlace(ctx, f, kek, func(s cached.Store) error {
 		return audited(ctx, f, "restore of the store in place", func() (cached.Restored, error) {
 			got, err := cached.RestoreInPlace(ctx, cached.Deps{Store: s, KEK: kek}, cached.RestoreOptions{})
 			done.take(got)
@@ -225,19 +228,17 @@ type journalUse struct {
 	To     sallyport.Revision `json:"to,omitempty"`
 }
 
-// about tells of j, unless it is clear already why there is none.
-func (u *journalUse) about(j *cached.Journal, backup cached.Head) {
+// journalUseOf says what j, nil because of why, is worth for a backup.
+func journalUseOf(j *cached.Journal, why string, backup cached.Head) journalUse {
 	switch {
 	case j.Covers(backup):
-		*u = journalUse{Covers: true, From: backup.Revision, To: max(backup.Revision, j.Reached)}
-	case u.Why != "":
+		return journalUse{Covers: true, From: backup.Revision, To: max(backup.Revision, j.Reached)}
 	case j == nil:
-		u.Why = "there is none"
+		return journalUse{Why: why}
 	case j.Epoch != backup.Epoch:
-		u.Why = "it is that of another store, or of one that was restored since"
-	default:
-		u.Why = fmt.Sprintf("it goes back to revision %d only, the backup is of revision %d", j.After, backup.Revision)
+		return journalUse{Why: "it is that of another store, or of one that was restored since"}
 	}
+	return journalUse{Why: fmt.Sprintf("it goes back to revision %d only, the backup is of revision %d", j.After, backup.Revision)}
 }
 
 func (r *restored) text() string {
@@ -245,12 +246,12 @@ func (r *restored) text() string {
 	line := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
 	switch {
 	case r.InPlace:
-		line("the store is taken as it is: all %s are ended; everybody logs in again", many(r.SessionsEnded, "session"))
+		line("the store is taken as it is: %s", allEnded(r.SessionsEnded))
 	case r.Journal.Covers:
-		line("journal covers revisions %d to %d: %s ended since the backup stay ended, %s live on",
-			r.Journal.From, r.Journal.To, many(r.SessionsEnded, "session"), many(r.SessionsKept, "session"))
+		line("journal covers revisions %d to %d: %s ended since the backup stay%s ended, %s live%s on", r.Journal.From, r.Journal.To,
+			many(r.SessionsEnded, "session"), ofOne(r.SessionsEnded), many(r.SessionsKept, "session"), ofOne(r.SessionsKept))
 	default:
-		line("no journal covers the time since the backup (%s): all %s are ended; everybody logs in again", r.Journal.Why, many(r.SessionsEnded, "session"))
+		line("no journal covers the time since the backup (%s): %s", r.Journal.Why, allEnded(r.SessionsEnded))
 	}
 	line("kept: %s, %s (%d revoked)%s", many(r.Users, "user"), many(r.Devices, "device"), r.DevicesRevoked, r.configText())
 	if r.Dropped > 0 {
@@ -271,10 +272,29 @@ func (r *restored) configText() string {
 	return fmt.Sprintf(", configuration revision %d applied %s", r.Config, r.ConfigApplied.UTC().Format(time.RFC3339))
 }
 
+// allEnded says that n sessions are, which were all.
+func allEnded(n int) string {
+	switch n {
+	case 0:
+		return "there were no sessions to end"
+	case 1:
+		return "the only session is ended; its user logs in again"
+	}
+	return fmt.Sprintf("all %d sessions are ended; everybody logs in again", n)
+}
+
 // many is a number of things.
 func many(n int, what string) string {
 	if n == 1 {
 		return "1 " + what
 	}
 	return fmt.Sprintf("%d %ss", n, what)
+}
+
+// ofOne ends a verb that says what n things do.
+func ofOne(n int) string {
+	if n == 1 {
+		return "s"
+	}
+	return ""
 }
