@@ -51,7 +51,8 @@ data_dir/keys apart from backups. ` + "`sallyport restore`" + ` brings a backup 
 					}
 					return call.tell(cmd.ErrOrStderr(), done)
 				}
-				done, err := saveBackup(ctx, f, cmp.Or(to, backupName(time.Now())), force)
+				take := func(w io.Writer) error { return takeBackup(ctx, f, w) }
+				done, err := saveBackup(f, cmp.Or(to, backupName(time.Now())), force, take)
 				if err != nil {
 					return err
 				}
@@ -200,8 +201,9 @@ func streamBackup(ctx context.Context, f *config.File, w io.Writer) (*backedUp, 
 	return done, cmp.Or(<-took, err)
 }
 
-// saveBackup writes a backup into the file path, which is whole or not there.
-func saveBackup(ctx context.Context, f *config.File, path string, force bool) (done *backedUp, err error) {
+// saveBackup has take write a backup into the file path, which is then whole or as
+// it was.
+func saveBackup(f *config.File, path string, force bool, take func(io.Writer) error) (done *backedUp, err error) {
 	if _, err := os.Lstat(path); err == nil && !force {
 		return nil, fileExists(path)
 	}
@@ -215,7 +217,7 @@ func saveBackup(ctx context.Context, f *config.File, path string, force bool) (d
 			err = errors.Join(err, os.Remove(tmp.Name()))
 		}
 	}()
-	if err := takeBackup(ctx, f, tmp); err != nil {
+	if err := take(tmp); err != nil {
 		return nil, err
 	}
 	if err := tmp.Sync(); err != nil {
