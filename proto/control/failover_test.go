@@ -27,9 +27,7 @@ func (u *unwell) Get(context.Context, sallyport.Kind, string) (sallyport.Record,
 	return sallyport.Record{}, u.err()
 }
 
-func (u *unwell) Apply(context.Context, []sallyport.Op) (sallyport.Revision, error) {
-	return 0, u.err()
-}
+func (u *unwell) Apply(context.Context, []sallyport.Op) (sallyport.Revision, error) { return 0, u.err() }
 
 func (u *unwell) Watch(context.Context, sallyport.WatchRequest, func(sallyport.WatchEvent) error) error {
 	return u.err()
