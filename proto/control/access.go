@@ -85,10 +85,9 @@ func policydWrites(request any) error {
 	})
 }
 
-// ownHead lets a daemon vouch for its own audit chain, or that of another of its
-// kind ("policyd/eu1"), and for no other.
+// ownHead lets a daemon vouch for its own audit chain and for no other.
 func ownHead(daemon string, op *pb.Op) error {
-	if kind, _, _ := strings.Cut(op.GetId(), "/"); kind != daemon || op.GetDelete() {
+	if op.GetId() != daemon || op.GetDelete() {
 		return fmt.Errorf("%s may only replace its own audit head", daemon)
 	}
 	return nil

@@ -12,7 +12,6 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
-	"regexp"
 	"runtime"
 	"slices"
 	"time"
@@ -38,9 +37,6 @@ type File struct {
 	// DataDir holds keys, records, sockets and audit logs (mode 0700). A relative
 	// path starts at this file's directory. This field is required.
 	DataDir string `yaml:"data_dir"`
-	// Name tells this daemon from others of its kind, in the audit heads that cached
-	// keeps. Not needed where there is one of each.
-	Name string `yaml:"name"`
 	// Log says what the daemons write to stderr.
 	Log Log `yaml:"log"`
 	// Admin is where each process answers /healthz, /readyz, /metrics and
@@ -72,17 +68,6 @@ type File struct {
 	path    string
 	present map[string]bool           // sections that stand in the file
 	parsed  map[string]*policy.Policy // of the routes, by text
-}
-
-var validName = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`)
-
-// Instance is how a daemon of this file is called where there are several of its
-// kind: "policyd", or "policyd/eu1" if the file has a name.
-func (f *File) Instance(daemon string) string {
-	if f.Name == "" {
-		return daemon
-	}
-	return daemon + "/" + f.Name
 }
 
 // Log says what a daemon logs.
@@ -262,9 +247,6 @@ func (f *File) checkCommon(l *fault.List) {
 		l.Addf("domain", "is required, for example corp.example")
 	} else if err != nil || t.Host != f.Domain {
 		l.Addf("domain", "%.80q is no domain name in lower case, for example corp.example", f.Domain)
-	}
-	if f.Name != "" && !validName.MatchString(f.Name) {
-		l.Addf("name", "%.80q is no name: letters, digits and hyphens, for example eu1", f.Name)
 	}
 	if f.DataDir == "" {
 		l.Addf("data_dir", "is required, for example /var/lib/sallyport")

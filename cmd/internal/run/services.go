@@ -40,11 +40,11 @@ func (p *Process) Audit(daemon string, keep func(context.Context, audit.Head) er
 	return log, nil
 }
 
-// KeepHeads returns a function that stores a daemon's audit heads in cached under
-// its instance's name, so that a chain whose end was cut off shows.
-func KeepHeads(instance string, records sallyport.Records) func(context.Context, audit.Head) error {
+// KeepHeads returns a function that stores the daemon's audit heads in cached,
+// so that a chain whose end was cut off shows.
+func KeepHeads(daemon string, records sallyport.Records) func(context.Context, audit.Head) error {
 	return func(ctx context.Context, h audit.Head) error {
-		_, err := records.Apply(ctx, []sallyport.Op{sallyport.Put(sallyport.KindAuditHead, instance, h)})
+		_, err := records.Apply(ctx, []sallyport.Op{sallyport.Put(sallyport.KindAuditHead, daemon, h)})
 		return err
 	}
 }
