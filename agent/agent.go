@@ -37,7 +37,6 @@ type Agent struct {
 	until    time.Time // nobody is asked again before
 	link     *link     // nil: no carrier
 	dialling *call[*link]
-	lost     map[string]time.Time // gateways by URL, and when each stopped answering
 
 	owed       chan struct{} // capacity 1: a posture report is due
 	factsKnown chan struct{} // closed after the first collection

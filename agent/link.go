@@ -11,7 +11,6 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -26,9 +25,9 @@ import (
 const (
 	dialTimeout = 10 * time.Second
 	apiTimeout  = 15 * time.Second
-	// silence is how long the event stream may say nothing before the gateway is
-	// asked whether it is there; it pings every 10 s.
-	silence = 13 * time.Second
+	// silence is how long the event stream may say nothing; a gateway pings every
+	// 10 s.
+	silence = 35 * time.Second
 	// firstReport bounds how long a flow waits for the posture report before it.
 	firstReport = 5 * time.Second
 	maxEvent    = 256 << 10 // bytes of one line
@@ -113,40 +112,30 @@ func (a *Agent) connected(ctx context.Context, force bool) (*link, error) {
 	})
 }
 
-// gatewayHead is the head start of each gateway before the next one in the list:
-// the first is to be used, unless it does not answer.
-const gatewayHead = 400 * time.Millisecond
-
-// dial gets a session and races its gateways.
+// dial gets a session and tries its gateways in turn.
 func (a *Agent) dial(ctx context.Context, force bool) (*link, error) {
 	s, err := a.liveSession(ctx, force)
 	if err != nil {
 		return nil, err
 	}
-	var dials []tunnel.DialFunc[*link]
-	for _, g := range a.preferred(s.Gateways) {
-		dials = append(dials, func(ctx context.Context) (*link, error) { return a.reach(ctx, g, s) })
+	var errs []error
+	for _, g := range s.Gateways {
+		l, err := a.dialGateway(ctx, g, s)
+		if err == nil {
+			return l, nil
+		}
+		if sallyport.OutcomeOf(err) == sallyport.OutcomeLogin {
+			return nil, err // another gateway would say the same
+		}
+		errs = append(errs, err)
 	}
-	l, err := tunnel.Race(ctx, gatewayHead, dials...)
-	if err != nil {
-		return nil, err
+	if len(errs) == 1 {
+		return nil, errs[0]
 	}
-	return a.start(ctx, l)
+	return nil, errors.Join(errs...)
 }
 
-// preferred puts gateways that were lost a moment ago behind the others.
-func (a *Agent) preferred(list []sallyport.GatewayInfo) []sallyport.GatewayInfo {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	list = slices.Clone(list)
-	slices.SortStableFunc(list, func(x, y sallyport.GatewayInfo) int {
-		return a.lost[x.URL].Compare(a.lost[y.URL])
-	})
-	return list
-}
-
-// reach dials one gateway.
-func (a *Agent) reach(ctx context.Context, g sallyport.GatewayInfo, s *login.Session) (*link, error) {
+func (a *Agent) dialGateway(ctx context.Context, g sallyport.GatewayInfo, s *login.Session) (*link, error) {
 	u, err := url.Parse(g.URL)
 	if err != nil {
 		return nil, fmt.Errorf("gateway %s: %w", g.Name, err)
@@ -156,39 +145,32 @@ func (a *Agent) reach(ctx context.Context, g sallyport.GatewayInfo, s *login.Ses
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	dialCtx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
-	network := networkTo(ctx, u)
+	network := networkTo(u)
 	order := a.order(network)
-	c, err := a.cfg.Dial(ctx, order, tunnel.DialConfig{Gateway: g, TLS: conf})
+	c, err := a.cfg.Dial(dialCtx, order, tunnel.DialConfig{Gateway: g, TLS: conf})
 	if err != nil {
 		return nil, tunnel.DialFailure(u.Host, err)
 	}
 	a.won(network, order, c.Name())
-	return &link{
+	l := &link{
 		carrier: c, gateway: g, host: u.Hostname(), session: s.Session, since: time.Now(), hears: make(chan struct{}),
 		cuts: map[sallyport.FlowID]connect.Event{}, waiting: map[sallyport.FlowID]chan struct{}{},
-	}, nil
-}
-
-// Close closes the carrier of a link that lost its race.
-func (l *link) Close() error { return l.carrier.Close() }
-
-// start tells the gateway the posture and listens to its events.
-func (a *Agent) start(ctx context.Context, l *link) (*link, error) {
+	}
 	// Before the first question, so that it is answered from what is true now.
 	reportCtx, done := context.WithTimeout(ctx, firstReport)
 	defer done()
 	a.tasks.Go(func() { a.readEvents(ctx, l) })
 	if err := a.reportFirst(reportCtx, l); sallyport.OutcomeOf(err) == sallyport.OutcomeLogin {
-		l.carrier.Close()
+		c.Close()
 		return nil, err
 	}
 	// A flow that is cut at once must not be cut without a reason.
 	select {
 	case <-l.hears:
 	case <-reportCtx.Done():
-	case <-l.carrier.Done():
+	case <-c.Done():
 	}
 	a.adopt(ctx, l)
 	return l, nil
@@ -244,7 +226,7 @@ func (a *Agent) do(ctx context.Context, f func(*link) error) error {
 	for range 3 {
 		var l *link
 		if l, err = a.connected(ctx, force); err == nil {
-			err = a.attended(ctx, l, func() error { return f(l) })
+			err = f(l)
 		}
 		if l != nil && err != nil {
 			a.drop(l, err)
@@ -260,65 +242,6 @@ func (a *Agent) do(ctx context.Context, f func(*link) error) error {
 		}
 	}
 	return err
-}
-
-// How long the gateway may leave something unanswered before it is asked whether
-// it is there, and how long that may take. Both together, and a new carrier to
-// another gateway, fit into three seconds.
-const (
-	suspectAfter = 900 * time.Millisecond
-	pingTimeout  = 900 * time.Millisecond
-)
-
-// attended runs f, and closes the carrier if the gateway proves to be gone
-// meanwhile. A QUIC connection to a gateway that was killed, and any to one that is
-// cut off, says nothing of it for three quarters of a minute.
-func (a *Agent) attended(ctx context.Context, l *link, f func() error) error {
-	ctx, cancel := context.WithCancel(ctx)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		for wait := suspectAfter; ctx.Err() == nil; wait *= 2 {
-			select {
-			case <-ctx.Done():
-				return
-			case <-l.carrier.Done():
-				return
-			case <-time.After(wait):
-			}
-			if !l.answers(ctx) && ctx.Err() == nil {
-				a.forsake(l)
-			}
-		}
-	}()
-	err := f()
-	cancel()
-	<-done
-	return err
-}
-
-// answers reports whether the gateway says anything at all.
-func (l *link) answers(ctx context.Context) bool {
-	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
-	defer cancel()
-	resp, err := l.request(ctx, http.MethodGet, connect.PathPing, nil, nil)
-	if err != nil {
-		return sallyport.OutcomeOf(err) == sallyport.OutcomeLogin // it is there, and refuses us
-	}
-	resp.Body.Close()
-	return true
-}
-
-// forsake closes the carrier to a gateway that does not answer, and remembers it.
-func (a *Agent) forsake(l *link) {
-	a.mu.Lock()
-	if a.lost == nil {
-		a.lost = map[string]time.Time{}
-	}
-	a.lost[l.gateway.URL] = time.Now()
-	a.mu.Unlock()
-	a.cfg.Log.Warn("gateway does not answer, its carrier is given up", "gateway", l.gateway.URL, "carrier", l.carrier.Name())
-	l.carrier.Close()
 }
 
 func dead(l *link) bool {
@@ -394,10 +317,6 @@ func (a *Agent) readEvents(ctx context.Context, l *link) {
 			return
 		}
 		a.cfg.Log.Debug("event stream ended", "gateway", l.gateway.URL, "error", err)
-		if !l.answers(ctx) && ctx.Err() == nil {
-			a.forsake(l)
-			return
-		}
 		select {
 		case <-ctx.Done():
 			return

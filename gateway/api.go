@@ -38,8 +38,6 @@ func (s *Server) ServeAPI(w http.ResponseWriter, r *http.Request, c tunnel.Serve
 	}
 	method, serve := http.MethodGet, (func(http.ResponseWriter, *http.Request, tunnel.ServerConn))(nil)
 	switch r.URL.Path {
-	case connect.PathPing:
-		serve = func(w http.ResponseWriter, _ *http.Request, _ tunnel.ServerConn) { w.WriteHeader(http.StatusNoContent) }
 	case connect.PathMe:
 		serve = s.serveMe
 	case connect.PathTargets:

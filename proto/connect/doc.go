@@ -24,7 +24,6 @@ const (
 
 // Paths on the tunnel host.
 const (
-	PathPing    = "/v1/ping"    // GET: 204 while the gateway is there; asks nobody
 	PathMe      = "/v1/me"      // GET: sallyport.Listing without targets
 	PathTargets = "/v1/targets" // GET [?all=1]: sallyport.Listing
 	PathWhy     = "/v1/why"     // GET ?target=: sallyport.Decision

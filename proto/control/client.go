@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -21,9 +20,7 @@ import (
 	"google.golang.org/grpc/resolver/manual"
 	"google.golang.org/grpc/status"
 
-	"sallyport"
 	"sallyport/internal/logging"
-	"sallyport/proto/control/internal/pb"
 )
 
 // Client is a connection to one service at one or more addresses. It connects
@@ -40,8 +37,6 @@ type Client struct {
 
 	mu     sync.Mutex // guards what follows
 	conn   *grpc.ClientConn
-	dialed string    // the address that was tried last: the one in use, if any is
-	left   time.Time // when an address was last given up
 	closed bool
 }
 
@@ -51,10 +46,6 @@ const (
 	connectTimeout = 1500 * time.Millisecond
 	firstBackoff   = 50 * time.Millisecond
 	maxBackoff     = 400 * time.Millisecond
-
-	// leaveEvery is how often a client changes to another address for what a
-	// service says of itself: all of them may be unwell.
-	leaveEvery = 500 * time.Millisecond
 )
 
 // Dial makes a client of the service at addrs: host:port, which needs a TLS
@@ -123,45 +114,16 @@ func (c *Client) current() (*grpc.ClientConn, error) {
 }
 
 // replace drops a connection whose other end has fallen silent; the next call
-// makes a new one, to another address if there is one. What still waits on the old
-// one fails.
+// makes a new one. What still waits on the old one fails.
 func (c *Client) replace(silent *grpc.ClientConn) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.conn != silent {
 		return // somebody else was faster
 	}
-	c.drop()
-	c.log.Warn("service has fallen silent, connecting anew", "service", c.name)
-}
-
-// leave changes to another address, if there is one: the service at this one says
-// that it cannot answer. It reports whether another one is worth a try.
-func (c *Client) leave(unwell *grpc.ClientConn) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.conn != unwell {
-		return true // somebody else was faster
-	}
-	if len(c.addrs) < 2 || time.Since(c.left) < leaveEvery {
-		return false
-	}
-	c.drop()
-	c.log.Warn("service cannot answer, trying another address", "service", c.name)
-	return true
-}
-
-// drop closes the connection and puts its address behind the others. The caller
-// holds mu.
-func (c *Client) drop() {
-	i := slices.IndexFunc(c.addrs, func(a resolver.Address) bool { return a.Addr == c.dialed })
-	if i >= 0 {
-		c.addrs = append(slices.Delete(slices.Clone(c.addrs), i, i+1), c.addrs[i])
-	}
-	c.left = time.Now()
-	conn := c.conn
 	c.conn = nil
-	conn.Close()
+	silent.Close()
+	c.log.Warn("service has fallen silent, connecting anew", "service", c.name)
 }
 
 func (c *Client) connect() (*grpc.ClientConn, error) {
@@ -171,7 +133,7 @@ func (c *Client) connect() (*grpc.ClientConn, error) {
 		grpc.WithTransportCredentials(c.creds),
 		grpc.WithAuthority(c.authority),
 		grpc.WithResolvers(addresses),
-		grpc.WithContextDialer(c.dialContext),
+		grpc.WithContextDialer(dialContext),
 		grpc.WithNoProxy(),
 		grpc.WithDisableServiceConfig(),
 		grpc.WithIdleTimeout(0),
@@ -188,10 +150,7 @@ func (c *Client) connect() (*grpc.ClientConn, error) {
 	)
 }
 
-func (c *Client) dialContext(ctx context.Context, addr string) (net.Conn, error) {
-	c.mu.Lock()
-	c.dialed = addr
-	c.mu.Unlock()
+func dialContext(ctx context.Context, addr string) (net.Conn, error) {
 	var d net.Dialer
 	if path, ok := strings.CutPrefix(addr, "unix:"); ok {
 		return d.DialContext(ctx, "unix", path)
@@ -200,75 +159,23 @@ func (c *Client) dialContext(ctx context.Context, addr string) (net.Conn, error)
 }
 
 // unaryConn is what the generated clients call through: the connection in use,
-// deadlines for who has none, errors that are ours, and a second try where the
-// first cannot have done anything.
+// deadlines for who has none, and errors that are ours.
 type unaryConn struct{ *Client }
 
 func (c unaryConn) Invoke(ctx context.Context, method string, request, response any, opts ...grpc.CallOption) error {
+	conn, err := c.current()
+	if err != nil {
+		return err
+	}
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, CallTimeout)
 		defer cancel()
 	}
-	again, err := c.invoke(ctx, method, request, response, opts...)
-	if again && ctx.Err() == nil {
-		_, err = c.invoke(ctx, method, request, response, opts...)
+	if err := conn.Invoke(ctx, method, request, response, opts...); err != nil {
+		return c.failed(ctx, err)
 	}
-	return err
-}
-
-// invoke calls once. again says that another address may answer, and that it may
-// be asked.
-func (c unaryConn) invoke(ctx context.Context, method string, request, response any, opts ...grpc.CallOption) (again bool, err error) {
-	conn, err := c.current()
-	if err != nil {
-		return false, err
-	}
-	attempt := ctx
-	if asks[method] && c.several() {
-		var cancel context.CancelFunc
-		attempt, cancel = context.WithTimeout(ctx, Silence)
-		defer cancel()
-	}
-	if err = conn.Invoke(attempt, method, request, response, opts...); err == nil {
-		return false, nil
-	}
-	err = c.failed(ctx, err)
-	switch code := sallyport.CodeOf(err); {
-	case code == CodeTimeout:
-		return c.leave(conn) && asks[method], err // frozen, perhaps
-	case unwell[code]:
-		return c.leave(conn) && (asks[method] || code != codeStoreFailed), err
-	case code == CodeUnavailable:
-		return asks[method], err // gRPC connects to the next address by itself
-	}
-	return false, err
-}
-
-// several reports whether there is another address to go to.
-func (c *Client) several() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return len(c.addrs) > 1
-}
-
-// codeStoreFailed is said when a write failed: it may be there all the same.
-const codeStoreFailed = "storage.failed"
-
-// unwell are the codes by which a cached says that it cannot answer now, though
-// another one may. All but codeStoreFailed mean that nothing was written.
-var unwell = map[string]bool{
-	codeStoreFailed: true, "storage.unavailable": true, "storage.not_current": true,
-	"storage.closed": true, "storage.replaced": true, "storage.rolled_back": true,
-}
-
-// asks are the methods that change nothing, or nothing more the second time.
-var asks = map[string]bool{
-	pb.Records_Get_FullMethodName:      true,
-	pb.Revoker_Revoke_FullMethodName:   true,
-	pb.Policy_Authorize_FullMethodName: true,
-	pb.Policy_Explain_FullMethodName:   true,
-	pb.Policy_List_FullMethodName:      true,
+	return nil
 }
 
 // NewStream is for completeness: streams of this package go through receive and

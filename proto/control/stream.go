@@ -8,8 +8,6 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
-
-	"sallyport"
 )
 
 // pulsed runs body with a send that it may call one at a time, and sends empty
@@ -117,9 +115,5 @@ func (c *Client) streamEnded(ctx, streamCtx context.Context, conn *grpc.ClientCo
 		c.replace(conn)
 		return unavailable(c.name, errSilent)
 	}
-	err = c.failed(ctx, err)
-	if unwell[sallyport.CodeOf(err)] {
-		c.leave(conn)
-	}
-	return err
+	return c.failed(ctx, err)
 }
