@@ -21,6 +21,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -42,6 +43,8 @@ const Domain = "corp.example"
 type Site struct {
 	// CertificateLife of sessions; 0: an hour.
 	CertificateLife time.Duration
+	// Gateways are what logins list before the site's own.
+	Gateways []sallyport.GatewayInfo
 
 	// AuthdURL and GatewayURL are known after Start.
 	AuthdURL   string
@@ -306,8 +309,16 @@ func (s *Site) grant(w http.ResponseWriter, id sallyport.SessionID, csr []byte) 
 	json.NewEncoder(w).Encode(login.Grant{
 		Session: id, User: "u-alice", Email: "alice@corp.example", Name: "Alice", Domain: Domain,
 		Certificate: chain, RenewIn: life / 2, ExpiresIn: 12 * time.Hour,
-		Gateways: []sallyport.GatewayInfo{{Name: "test", URL: s.GatewayURL, CA: string(s.CA())}},
+		Gateways: s.gateways(),
 	})
+}
+
+func (s *Site) gateways() []sallyport.GatewayInfo {
+	list := append(slices.Clone(s.Gateways), sallyport.GatewayInfo{Name: "test", URL: s.GatewayURL})
+	for i := range list {
+		list[i].CA = string(s.CA())
+	}
+	return list
 }
 
 func (s *Site) certificate(id sallyport.SessionID, csr []byte, life time.Duration) (string, error) {
