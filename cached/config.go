@@ -3,7 +3,6 @@ package cached
 import (
 	"net"
 	"strconv"
-	"strings"
 
 	"sallyport/internal/fault"
 )
@@ -13,9 +12,15 @@ type Config struct {
 	// Listen is where the gRPC API with mTLS listens, host:port. Port 0 takes a
 	// free one. Empty in the all-in-one, which needs no listener.
 	Listen string `yaml:"listen"`
-	// Store is the engine; "sqlite", which is also what empty means. The file is
-	// cached.db in data_dir.
+	// Store is the engine: "sqlite", which is also what empty means (the file is
+	// cached.db in data_dir), or the URL of a PostgreSQL database, where several
+	// cacheds may work on one store. Several hosts, separated by commas, are tried
+	// in their order until one is the primary. The tables lie in the schema
+	// `sallyport`, or in that of the parameter search_path.
 	Store string `yaml:"store"`
+	// StorePasswordFile holds the password for PostgreSQL. None: a client
+	// certificate (sslcert and sslkey in the URL), peer authentication, or none.
+	StorePasswordFile string `yaml:"store_password_file"`
 }
 
 // Validate returns every fault, with keys relative to the section.
@@ -28,11 +33,14 @@ func (c Config) Validate() fault.List {
 		}
 	}
 	switch {
-	case c.Store == "", c.Store == "sqlite":
-	case strings.HasPrefix(c.Store, "postgres://"), strings.HasPrefix(c.Store, "postgresql://"):
-		faults.Addf("store", "PostgreSQL is not supported by this version; use sqlite")
+	case c.Store == "", c.Store == SQLite:
+	case c.OnPostgres():
+		faults = append(faults, postgresFaults(c.Store)...)
 	default:
-		faults.Addf("store", "unknown engine %q; use sqlite", c.Store)
+		faults.Addf("store", "unknown engine; use sqlite, or postgres://USER@HOST/DATABASE?sslmode=verify-full")
+	}
+	if c.StorePasswordFile != "" && !c.OnPostgres() {
+		faults.Addf("store_password_file", "is the password of PostgreSQL, and cached.store is %s", SQLite)
 	}
 	return faults
 }

@@ -46,6 +46,44 @@ func TestConfig(t *testing.T) {
 	}
 }
 
+// TestCase_J2_PostgresURL: no password in the configuration, nothing that can be
+// listened to, and no fault quotes what it refuses.
+func TestCase_J2_PostgresURL(t *testing.T) {
+	const secret = "hunter2-hunter2"
+	for _, c := range []struct{ url, want string }{
+		{"postgres://u@localhost/db", ""},
+		{"postgres://u@127.0.0.1:5432,[::1]:5433/db?sslmode=disable", ""},
+		{"postgresql:///db?host=/run/postgresql&search_path=two", ""},
+		{"postgres://u@%2Frun%2Fpostgresql/db", ""},
+		{"postgres://u@db.corp.example/db?sslmode=verify-full&sslrootcert=/ca.pem&sslcert=/c.pem&sslkey=/c.key", ""},
+		{"postgres://u@a,b:5433/db?sslmode=verify-full&target_session_attrs=read-write", ""},
+		{"postgres://u:" + secret + "@localhost/db", "cached.store_password_file"},
+		{"postgres://u:" + secret + "@p@localhost/db", "cached.store_password_file"},
+		{"postgres://localhost/db?user=u&password=" + secret, "cached.store_password_file"},
+		{"postgres://u@localhost/db?sslpassword=" + secret, "cached.store_password_file"},
+		{"postgres://u@db.corp.example/db", "sslmode=verify-full"},
+		{"postgres://u@db.corp.example/db?sslmode=require", "sslmode=verify-full"},
+		{"postgres://u@localhost,db.corp.example/db?sslmode=prefer", "sslmode=verify-full"},
+		{"postgres://u@localhost/db?host=db.corp.example", "sslmode=verify-full"},
+		{"postgres://u@10.0.0.7/db?sslmode=verify-ca", "sslmode=verify-full"},
+		{"postgres://u@localhost/db?sslmode=disable&sslmode=verify-full", "given twice"},
+		{"postgres://u@localhost/db?options=-csynchronous_commit%3Doff", "not supported"},
+		{"postgres://u@localhost/db?servicefile=/tmp/" + secret, "not supported"},
+		{"postgres://u@localhost/db?target_session_attrs=any", "only read from the primary"},
+		{"postgres:///db", "names no host"},
+		{"postgres://u@localhost/db?a=%zz", "no URL"},
+	} {
+		faults := cached.Config{Store: c.url}.Validate()
+		text := fmt.Sprint(faults.Err())
+		if c.want == "" && len(faults) > 0 || c.want != "" && !strings.Contains(text, c.want) || strings.Contains(text, secret) {
+			t.Errorf("%s: got %s; want %q", c.url, text, c.want)
+		}
+	}
+	if f := (cached.Config{StorePasswordFile: "p"}).Validate(); len(f) != 1 || f[0].Key != "store_password_file" {
+		t.Errorf("got %v; want a password without PostgreSQL refused", f)
+	}
+}
+
 func TestNewRefuses(t *testing.T) {
 	for name, deps := range map[string]cached.Deps{
 		"no store":  {MACKey: storetest.Key()},

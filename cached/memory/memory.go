@@ -19,9 +19,10 @@ import (
 type Store struct {
 	writing sync.Mutex // held from a plan to its end
 
-	mu   sync.RWMutex              // guards what follows
-	rows map[cached.Key]cached.Row // payloads are never changed in place
-	head cached.Head
+	mu    sync.RWMutex              // guards what follows
+	rows  map[cached.Key]cached.Row // payloads are never changed in place
+	head  cached.Head
+	views []chan struct{} // told of each write
 }
 
 // New returns an empty store with an epoch of its own.
@@ -66,6 +67,12 @@ func (s *Store) Update(_ context.Context, plan func(cached.Tx) (cached.Change, e
 		delete(s.rows, k)
 	}
 	s.head = change.Head
+	for _, wake := range s.views {
+		select {
+		case wake <- struct{}{}:
+		default: // it is awake
+		}
+	}
 	return nil
 }
 

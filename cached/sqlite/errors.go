@@ -8,6 +8,7 @@ import (
 
 	"sallyport"
 	"sallyport/cached"
+	"sallyport/cached/internal/marker"
 )
 
 // classify turns SQLite's errors into those that cached.Store promises.
@@ -47,7 +48,7 @@ func corrupt(path, message string, cause error) error {
 
 // rolledBack returns the refusal to start from a file that is not the one that was
 // written last.
-func rolledBack(path string, revision uint64, m *marker) error {
+func rolledBack(path string, revision uint64, m *marker.Marker) error {
 	message := fmt.Sprintf("the record store is at revision %d, and %d was written: an older file was put in its place", revision, m.Revision)
 	if m.Revision <= revision {
 		message = "the record store is not the one that was written here last"

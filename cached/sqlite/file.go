@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"sallyport"
+	"sallyport/cached/internal/marker"
 )
 
 const (
@@ -83,7 +84,7 @@ func dsn(path string, busy time.Duration, readOnly bool) string {
 
 // prepareFile leaves a database at path that this version may open, or says why
 // there is none. It makes one only where there never was one.
-func prepareFile(path string, m *marker) error {
+func prepareFile(path string, m *marker.Marker) error {
 	there, err := exists(path)
 	if err != nil {
 		return err
@@ -95,7 +96,7 @@ func prepareFile(path string, m *marker) error {
 	if err != nil {
 		return err
 	}
-	if m.initialised || wal {
+	if m.Initialised || wal {
 		return corrupt(path, "the record store is missing or empty, although there was one", nil)
 	}
 	return create(path)
@@ -153,7 +154,7 @@ func create(path string) (err error) {
 	if err := os.Rename(tmp, path); err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(path))
+	return marker.SyncDir(filepath.Dir(path))
 }
 
 // initialise fills the new file with the first schema, an identity and an
@@ -238,10 +239,10 @@ func (s *Store) load(path string) error {
 	if err != nil {
 		return err
 	}
-	if m := s.marker; m.initialised && (m.Store != store || m.Revision > uint64(head.Revision)) {
+	if m := s.marker; m.Initialised && (m.Store != store || m.Revision > uint64(head.Revision)) {
 		return rolledBack(path, uint64(head.Revision), m)
 	}
 	s.head.Store(&head)
-	s.marker.adopt(store)
+	s.marker.Adopt(store)
 	return nil
 }

@@ -39,7 +39,7 @@ func (s *Store) reserve() {
 // Room implements cached.Store.
 func (s *Store) Room(context.Context) error {
 	var fs unix.Statfs_t
-	if err := unix.Fstatfs(int(s.marker.f.Fd()), &fs); err != nil {
+	if err := unix.Fstatfs(int(s.marker.Fd()), &fs); err != nil {
 		return err
 	}
 	if uint64(fs.Bavail)*uint64(fs.Bsize) >= roomWanted {

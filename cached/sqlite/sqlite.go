@@ -28,6 +28,7 @@ import (
 
 	"sallyport"
 	"sallyport/cached"
+	"sallyport/cached/internal/marker"
 	"sallyport/internal/logging"
 )
 
@@ -44,7 +45,7 @@ type Config struct {
 type Store struct {
 	path   string
 	log    logging.Logger
-	marker *marker
+	marker *marker.Marker
 
 	head atomic.Pointer[cached.Head] // follows what is committed
 
@@ -78,7 +79,7 @@ func Open(path string, cfg Config) (*Store, error) {
 	if cfg.Log == nil {
 		cfg.Log = logging.Discard()
 	}
-	m, err := lockMarker(path + ".lock")
+	m, err := marker.Open(path + ".lock")
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
@@ -109,7 +110,7 @@ func (s *Store) open(path string, busy time.Duration) error {
 		return damaged(path, err)
 	}
 	s.reserve()
-	return s.marker.write(s.revision(), true)
+	return s.marker.Write(s.revision(), true)
 }
 
 // connect opens one connection for writes and a pool for reads.
@@ -168,7 +169,7 @@ func ownedBy(column string) string {
 // Close writes back what the log still holds and lets another process open the
 // file. No other method may be under way.
 func (s *Store) Close() error {
-	return errors.Join(s.marker.write(s.revision(), true), s.close())
+	return errors.Join(s.marker.Write(s.revision(), true), s.close())
 }
 
 func (s *Store) close() error {
@@ -402,7 +403,7 @@ func (s *Store) Expired(ctx context.Context, now time.Time, limit int) ([]cached
 // Maintain implements cached.Store: the marker follows the revision, and a log
 // that grew during a long read shrinks again.
 func (s *Store) Maintain(ctx context.Context) error {
-	if err := s.marker.write(s.revision(), false); err != nil {
+	if err := s.marker.Write(s.revision(), false); err != nil {
 		return err
 	}
 	return s.shrinkLog(ctx)

@@ -20,9 +20,10 @@ var recordsCases = []recordsCase{
 	{"a batch has one revision, the next a higher one", revisions},
 	{"a deleted record is gone", deletes},
 	{"preconditions", preconditions},
-	{"a batch is written whole or not at all", atomic},
+	{"a batch is written whole or not at all", wholeBatches},
 	{"what no store should hold is refused", refusals},
-	{"compare and swap counts right", counter},
+	{"concurrent patches of one record lose nothing", counter},
+	{"1,000 gets beside 1,000 puts", getsBesidePuts},
 	{"a call with an ended context changes nothing", endedContext},
 	{"an expired record is missing at once", expiry},
 	{"an expired record is swept into a tombstone", sweep},
@@ -194,7 +195,7 @@ func preconditions(t *testing.T, c *client) {
 	}
 }
 
-func atomic(t *testing.T, c *client) {
+func wholeBatches(t *testing.T, c *client) {
 	c.apply(user("a"))
 	before := c.apply(user("b"))
 	_, err := c.Apply(t.Context(), []sallyport.Op{
@@ -245,7 +246,7 @@ func counter(t *testing.T, c *client) {
 	for range writers {
 		wg.Go(func() {
 			for range each {
-				if err := increment(t.Context(), c); err != nil {
+				if err := increment(t.Context(), c.API); err != nil {
 					t.Error(err)
 					return
 				}
@@ -259,8 +260,40 @@ func counter(t *testing.T, c *client) {
 	}
 }
 
+// getsBesidePuts reads a pair that is only ever written together: whoever sees
+// the second at a revision finds the first at that one, or a later.
+func getsBesidePuts(t *testing.T, c *client) {
+	const workers, each = 4, 250
+	pair := func(n int) []sallyport.Op {
+		return []sallyport.Op{sallyport.Put(sallyport.KindRecord, "first", n), sallyport.Put(sallyport.KindRecord, "second", n)}
+	}
+	c.apply(pair(0)...)
+	var wg sync.WaitGroup
+	for range workers {
+		wg.Go(func() {
+			for n := range each {
+				if _, err := c.Apply(t.Context(), pair(n)); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+		wg.Go(func() {
+			for range each {
+				second, err := c.Get(t.Context(), sallyport.KindRecord, "second")
+				first, err2 := c.Get(t.Context(), sallyport.KindRecord, "first")
+				if err = errors.Join(err, err2); err != nil || first.Revision < second.Revision {
+					t.Errorf("got the first at %d after the second at %d, %v", first.Revision, second.Revision, err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
 // increment adds one to record n, again and again until nobody was in between.
-func increment(ctx context.Context, c *client) error {
+func increment(ctx context.Context, c API) error {
 	for {
 		got, err := c.Get(ctx, sallyport.KindRecord, "n")
 		if err != nil {

@@ -42,6 +42,11 @@ var storeCases = []struct {
 	{"plans are carried out one after the other", storeOneAfterTheOther},
 	{"rows belong to the caller", storeOwnership},
 	{"readers are not in the way of the writer", storeConcurrent},
+	{"rows may hold any bytes", storeAnyBytes},
+	{"many rows are written at once", storeManyRows},
+	{"a watch from before what was forgotten starts again with a snapshot", servedCompacted},
+	{"closing ends waiting watches", servedCloses},
+	{"a lease is lost with its server", servedLosesLease},
 }
 
 // engine is a store with the few moves that the cases need.

@@ -1,14 +1,17 @@
 // Package storetest is the conformance suites of the record store: [Store] for
-// the engines under a cached.Server and [Records] for what its users see,
-// whether they hold the server itself or a client that reaches it over the
-// wire. Both need a real implementation and prove behaviour only through its
-// interface.
+// the engines under a cached.Server, [Shared] for those that several servers may
+// write, and [Records] for what their users see, whether they hold the server
+// itself or a client that reaches it over the wire. All need a real
+// implementation and prove behaviour only through its interface.
 package storetest
 
 import (
 	"context"
 	"crypto/rand"
+	"errors"
+	"sync"
 	"testing"
+	"time"
 
 	"sallyport"
 	"sallyport/cached"
@@ -35,6 +38,19 @@ func Serve(t testing.TB, store cached.Store) *cached.Server {
 // Run returns a server with these parts, running until the test ends.
 func Run(t testing.TB, deps cached.Deps) *cached.Server {
 	t.Helper()
+	s, stop := start(t, deps)
+	t.Cleanup(func() {
+		if err := stop(); err != nil {
+			t.Errorf("cached.Server.Run: %v", err)
+		}
+	})
+	awaitCurrent(t, s)
+	return s
+}
+
+// start returns a running server, and what ends it and returns Run's error.
+func start(t testing.TB, deps cached.Deps) (*cached.Server, func() error) {
+	t.Helper()
 	s, err := cached.New(cached.Config{}, deps)
 	if err != nil {
 		t.Fatal(err)
@@ -42,13 +58,26 @@ func Run(t testing.TB, deps cached.Deps) *cached.Server {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()
-	t.Cleanup(func() {
+	return s, sync.OnceValue(func() error {
 		cancel()
-		if err := <-done; err != nil {
-			t.Errorf("cached.Server.Run: %v", err)
-		}
+		return <-done
 	})
-	return s
+}
+
+// awaitCurrent waits until watches may begin: on a shared store that takes a
+// confirmation.
+func awaitCurrent(t testing.TB, s *cached.Server) {
+	t.Helper()
+	begun := errors.New("begun")
+	retry := time.NewTicker(5 * time.Millisecond)
+	defer retry.Stop()
+	for deadline := time.Now().Add(within); time.Now().Before(deadline); <-retry.C {
+		err := s.Watch(context.Background(), sallyport.WatchRequest{}, func(sallyport.WatchEvent) error { return begun })
+		if errors.Is(err, begun) {
+			return
+		}
+	}
+	t.Fatal("the store does not confirm that it is the one in use")
 }
 
 // Key returns a fresh key for the rows' codes.

@@ -378,7 +378,7 @@ func (c *client) follow(t *testing.T, final <-chan sallyport.Revision) error {
 			if ev.Revision < at || ev.Type == sallyport.WatchChange && ev.Revision == at {
 				return fmt.Errorf("revision %d after %d", ev.Revision, at)
 			}
-			if ev.Type == sallyport.WatchChange && len(ev.Records)%2 != 0 && ev.Records[0].Kind == sallyport.KindRecord {
+			if ev.Type == sallyport.WatchChange && countOf(ev.Records, sallyport.KindRecord)%2 != 0 {
 				return fmt.Errorf("half a batch: %v", names(ev.Records))
 			}
 			at = ev.Revision
@@ -402,6 +402,15 @@ func (c *client) follow(t *testing.T, final <-chan sallyport.Revision) error {
 		return err
 	}
 	return c.compare(have)
+}
+
+func countOf(records []sallyport.Record, kind sallyport.Kind) (n int) {
+	for _, r := range records {
+		if r.Kind == kind {
+			n++
+		}
+	}
+	return n
 }
 
 var errFollowed = errors.New("followed to the end")

@@ -26,6 +26,7 @@ import (
 //	keys/audit-<daemon>.{key,pub}                      Ed25519, signs audit heads
 //	svc/<kind>.{crt,key}                               daemon to daemon
 //	svc/{gateway,authd}-public.{crt,key}               listeners without a certificate of their own
+//	postgres.marker                                    where cached's store is PostgreSQL
 //	cached.db, cached.sock, policyd.sock, audit/<daemon>/
 type Layout struct {
 	Dir string // absolute
@@ -49,6 +50,9 @@ const (
 
 // Database is the file of cached's SQLite store.
 func (l Layout) Database() string { return filepath.Join(l.Dir, "cached.db") }
+
+// PostgresMarker is the file that remembers which store in PostgreSQL is cached's.
+func (l Layout) PostgresMarker() string { return filepath.Join(l.Dir, "postgres.marker") }
 
 // Socket is the admin socket of cached or policyd.
 func (l Layout) Socket(daemon string) string { return filepath.Join(l.Dir, daemon+".sock") }
@@ -294,14 +298,19 @@ func closeDir(dir string) error {
 // checkRecordsKey refuses to go on with records whose key is gone: with a new
 // key every one of them would count as forged.
 func (l Layout) checkRecordsKey() error {
-	if !exists(l.Database()) || exists(l.secret(RecordsKey)) {
+	if exists(l.secret(RecordsKey)) {
 		return nil
 	}
-	return &sallyport.Error{
-		Outcome: sallyport.OutcomeInternal, Code: "keys.missing",
-		Message: l.Database() + " exists, but not the key that protects it",
-		Hint:    "restore " + l.secret(RecordsKey) + " from a backup, or move the database away to start empty (everybody logs in again)",
+	for _, store := range []string{l.Database(), l.PostgresMarker()} {
+		if exists(store) {
+			return &sallyport.Error{
+				Outcome: sallyport.OutcomeInternal, Code: "keys.missing",
+				Message: store + " exists, but not the key that protects the records",
+				Hint:    "restore " + l.secret(RecordsKey) + " from a backup, or move " + store + " away to start empty (everybody logs in again)",
+			}
+		}
 	}
+	return nil
 }
 
 func (l Layout) ensureCA(name, purpose string) error {

@@ -9,6 +9,7 @@ import (
 
 	"sallyport/audit"
 	"sallyport/cached"
+	"sallyport/cached/postgres"
 	"sallyport/cached/sqlite"
 	"sallyport/cmd/internal/config"
 	"sallyport/cmd/internal/run"
@@ -31,11 +32,10 @@ func Open(p *run.Process) (*cached.Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	engine, err := sqlite.Open(layout.Database(), sqlite.Config{Log: log})
+	engine, err := openEngine(p)
 	if err != nil {
 		return nil, err
 	}
-	p.AtEnd(engine.Close)
 	server, err := cached.New(p.Config.Cached, cached.Deps{Store: engine, MACKey: key, Audit: auditor, Log: log})
 	if err != nil {
 		return nil, err
@@ -43,4 +43,25 @@ func Open(p *run.Process) (*cached.Server, error) {
 	own.Store(server)
 	p.Go("cached", server.Run)
 	return server, nil
+}
+
+// openEngine opens the engine and closes it at the end of the process.
+func openEngine(p *run.Process) (cached.Store, error) {
+	layout, log, cfg := p.Config.Layout(), p.Log.Named("cached"), p.Config.Cached
+	if !cfg.OnPostgres() {
+		s, err := sqlite.Open(layout.Database(), sqlite.Config{Log: log})
+		if err != nil {
+			return nil, err
+		}
+		p.AtEnd(s.Close)
+		return s, nil
+	}
+	s, err := postgres.Open(p.Context(), postgres.Config{
+		URL: cfg.Store, PasswordFile: cfg.StorePasswordFile, Marker: layout.PostgresMarker(), Log: log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	p.AtEnd(s.Close)
+	return s, nil
 }

@@ -1,4 +1,9 @@
-package sqlite
+// Package marker is the file beside a record store that says that there is one,
+// which one it is, and how far it is known to have been written: a store that is
+// missing, another one, or an older copy is then never taken for it. Whoever has
+// a store open holds its marker locked. It does not know what a store is; the
+// engines (cached/sqlite, cached/postgres) say what does not fit.
+package marker
 
 import (
 	"bytes"
@@ -15,23 +20,23 @@ import (
 	"sallyport"
 )
 
-// markerSize is the size of the marker in the file: one block, so that it is
+// size is the size of the text in the file: one block, so that it is
 // written in one piece.
-const markerSize = 256
+const size = 256
 
-// marker is the lock file: whoever holds its lock has the store, and its text
+// Marker is the lock file: whoever holds its lock has the store, and its text
 // says that there is a store.
-type marker struct {
+type Marker struct {
 	f           *os.File
-	initialised bool // a store was made here
+	Initialised bool `json:"-"` // a store was made here
 
 	mu       sync.Mutex
 	Store    string `json:"store"`
 	Revision uint64 `json:"revision"`
 }
 
-// lockMarker opens the lock file and locks it for as long as it is open.
-func lockMarker(path string) (*marker, error) {
+// Open opens the lock file and locks it for as long as it is open.
+func Open(path string) (*Marker, error) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, err
@@ -48,19 +53,19 @@ func lockMarker(path string) (*marker, error) {
 			Hint:    "stop the other cached, or give this one a data_dir of its own",
 		}
 	}
-	m := &marker{f: f}
-	text, err := io.ReadAll(io.LimitReader(f, markerSize))
+	m := &Marker{f: f}
+	text, err := io.ReadAll(io.LimitReader(f, size))
 	if err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
-	if m.initialised = len(text) > 0; m.initialised && json.Unmarshal(text, m) != nil {
+	if m.Initialised = len(text) > 0; m.Initialised && json.Unmarshal(text, m) != nil {
 		m.Store, m.Revision = "", 0 // unreadable, but it says that there was a store
 	}
 	return m, nil
 }
 
-// adopt makes the marker that of the store; the next write puts it down.
-func (m *marker) adopt(store string) {
+// Adopt makes the marker that of the store; the next write puts it down.
+func (m *Marker) Adopt(store string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.Store != store {
@@ -68,12 +73,12 @@ func (m *marker) adopt(store string) {
 	}
 }
 
-// write puts the revision down if it is new, and durably so if sync is set.
+// Write puts the revision down if it is new, and durably so if sync is set.
 // Without it a power failure may lose a later revision, never the marker.
-func (m *marker) write(revision uint64, sync bool) error {
+func (m *Marker) Write(revision uint64, sync bool) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.initialised && m.Revision == revision && !sync {
+	if m.Initialised && m.Revision == revision && !sync {
 		return nil
 	}
 	m.Revision = revision
@@ -81,7 +86,7 @@ func (m *marker) write(revision uint64, sync bool) error {
 	if err != nil {
 		return err
 	}
-	text = append(text, bytes.Repeat([]byte{' '}, markerSize-1-len(text))...)
+	text = append(text, bytes.Repeat([]byte{' '}, size-1-len(text))...)
 	if _, err := m.f.WriteAt(append(text, '\n'), 0); err != nil {
 		return fmt.Errorf("write %s: %w", m.f.Name(), err)
 	}
@@ -91,18 +96,24 @@ func (m *marker) write(revision uint64, sync bool) error {
 	if err := m.f.Sync(); err != nil {
 		return fmt.Errorf("write %s: %w", m.f.Name(), err)
 	}
-	if m.initialised {
+	if m.Initialised {
 		return nil
 	}
-	m.initialised = true
-	return syncDir(filepath.Dir(m.f.Name()))
+	m.Initialised = true
+	return SyncDir(filepath.Dir(m.f.Name()))
 }
 
-// Close gives the lock back.
-func (m *marker) Close() error { return m.f.Close() }
+// Path is the file's name.
+func (m *Marker) Path() string { return m.f.Name() }
 
-// syncDir makes names in dir durable.
-func syncDir(dir string) error {
+// Fd is the file's, to ask about the disk that it lies on.
+func (m *Marker) Fd() uintptr { return m.f.Fd() }
+
+// Close gives the lock back.
+func (m *Marker) Close() error { return m.f.Close() }
+
+// SyncDir makes names in dir durable.
+func SyncDir(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
 		return err
