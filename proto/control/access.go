@@ -46,11 +46,11 @@ var access = map[string]map[string]rule{
 
 // rule looks at a request that a method of the table was called with. Streams
 // are checked before their first message, so theirs can only be always.
-type rule func(request any) error
+type rule func(who caller, request any) error
 
-func always(any) error { return nil }
+func always(caller, any) error { return nil }
 
-func noSecrets(request any) error {
+func noSecrets(_ caller, request any) error {
 	if q, ok := request.(*pb.GetRequest); !ok || !sallyport.Kind(q.GetKind()).Streamed() {
 		return fmt.Errorf("records of kind %.40q are not for policyd", q.GetKind())
 	}
@@ -59,13 +59,13 @@ func noSecrets(request any) error {
 
 // authdWrites lets authd keep everything about people and what it gave them.
 // The configuration, that is the policy, is the operator's.
-func authdWrites(request any) error {
+func authdWrites(who caller, request any) error {
 	return eachOp(request, func(op *pb.Op) error {
 		switch kind := sallyport.Kind(op.GetKind()); kind {
 		case sallyport.KindConfig, sallyport.KindConfigHistory, sallyport.KindRecord:
 			return fmt.Errorf("records of kind %s are the operator's", kind)
 		case sallyport.KindAuditHead:
-			return ownHead(KindAuthd, op)
+			return ownHead(who, op)
 		}
 		return nil
 	})
@@ -73,7 +73,7 @@ func authdWrites(request any) error {
 
 // policydWrites lets policyd store what agents report, and replay what was
 // revoked at it (policyd's withdraw): it can end sessions, and create none.
-func policydWrites(request any) error {
+func policydWrites(who caller, request any) error {
 	return eachOp(request, func(op *pb.Op) error {
 		switch kind := sallyport.Kind(op.GetKind()); kind {
 		case sallyport.KindPosture:
@@ -89,7 +89,7 @@ func policydWrites(request any) error {
 			}
 			return nil
 		case sallyport.KindAuditHead:
-			return ownHead(KindPolicyd, op)
+			return ownHead(who, op)
 		}
 		return fmt.Errorf("policyd may not write records of kind %.40q", op.GetKind())
 	})
@@ -102,11 +102,21 @@ func revoked(op *pb.Op) bool {
 }
 
 // ownHead lets a daemon vouch for its own audit chain and for no other.
-func ownHead(daemon string, op *pb.Op) error {
-	if op.GetId() != daemon || op.GetDelete() {
-		return fmt.Errorf("%s may only replace its own audit head", daemon)
+func ownHead(who caller, op *pb.Op) error {
+	if op.GetId() != AuditHeadID(who.kind, who.name) || op.GetDelete() {
+		return fmt.Errorf("%s may only replace its own audit head", who)
 	}
 	return nil
+}
+
+// AuditHeadID is the id of the record with the audit head of a service, by the kind
+// and the name in its certificate: the kind for the first of a kind, which is
+// called like it, and policyd/NAME for one of several.
+func AuditHeadID(kind, name string) string {
+	if name == kind {
+		return kind
+	}
+	return kind + "/" + name
 }
 
 func eachOp(request any, check func(*pb.Op) error) error {
@@ -151,7 +161,7 @@ func (c caller) check(method string, request any) error {
 	if !ok {
 		return forbidden(c.String(), shortMethod(method))
 	}
-	if err := allowed(request); err != nil {
+	if err := allowed(c, request); err != nil {
 		e := forbidden(c.String(), shortMethod(method)).(*sallyport.Error)
 		e.Message += " with this: " + err.Error()
 		return e
