@@ -50,6 +50,11 @@ const (
 	haAgents = 10
 	haFlows  = 10 // of each agent
 	haLogins = 20 // a second
+	// haHold is how long a failure lasts at least, and haSilence how long a flow may
+	// say nothing before it counts as lost: QUIC does not tell that a gateway was
+	// killed.
+	haHold    = 2 * time.Second
+	haSilence = 4 * time.Second
 	// haBound is after how long new connections must work again.
 	haBound = 3 * time.Second
 )
@@ -195,17 +200,19 @@ func (s *several) client() *login.Client {
 type load struct {
 	s      *several
 	ctx    context.Context
+	begun  time.Time
 	agents []*agent.Agent
 
-	lost    atomic.Int64 // long flows that ended
-	flows   atomic.Int64 // long flows that are open
-	logins  atomic.Int64
-	failed  atomic.Int64 // logins
-	probes  atomic.Int64 // refused, as they must be
-	mu      sync.Mutex   // guards what follows
-	worked  []success    // new connections, newest last
-	wrong   []string
-	refused map[string]int // errors of new connections
+	lost      atomic.Int64 // long flows that ended
+	flows     atomic.Int64 // long flows that are open
+	logins    atomic.Int64
+	failed    atomic.Int64 // logins
+	loginTime atomic.Int64 // ns, of all logins together
+	probes    atomic.Int64 // refused, as they must be
+	mu        sync.Mutex   // guards what follows
+	worked    []success    // new connections, newest last
+	wrong     []string
+	refused   map[string]int // errors of new connections
 }
 
 // success is a new connection that worked.
@@ -214,10 +221,10 @@ type success struct {
 	begun, got time.Time
 }
 
-// start puts everything under load until the test, or the returned stop, ends.
+// load puts everything under load until the returned function is called.
 func (s *several) load() (*load, func()) {
 	ctx, cancel := context.WithCancel(s.t.Context())
-	l := &load{s: s, ctx: ctx, refused: map[string]int{}}
+	l := &load{s: s, ctx: ctx, begun: time.Now(), refused: map[string]int{}}
 	var all sync.WaitGroup
 	stop := sync.OnceFunc(func() { cancel(); all.Wait() })
 	for i := range haAgents {
@@ -289,7 +296,7 @@ func (l *load) inUse(f net.Conn) {
 		case <-l.ctx.Done():
 			return
 		case <-tick.C:
-			if err := stack.Echo(f, "still here"); err != nil {
+			if err := stack.EchoWithin(f, "still here", haSilence); err != nil {
 				return
 			}
 		}
@@ -375,10 +382,12 @@ func (l *load) probeRevoked(g sallyport.GatewayInfo, session *login.Session) {
 func (l *load) login(c *login.Client) {
 	ctx, cancel := context.WithTimeout(l.ctx, 15*time.Second)
 	defer cancel()
+	begun := time.Now()
 	session, err := c.Login(ctx, l.s.browser(ctx))
 	switch {
 	case err == nil:
 		l.logins.Add(1)
+		l.loginTime.Add(int64(time.Since(begun)))
 		l.s.sessions.Store(session.Session, c)
 	case l.ctx.Err() == nil:
 		l.failed.Add(1)
@@ -425,6 +434,11 @@ func (l *load) survives(t *testing.T, name string, cutsFlows bool, fail func() (
 	since := time.Now()
 	undo := fail()
 	took := l.recovery(t, since)
+	hold := haHold
+	if cutsFlows { // they must have been noticed, so that the next failure is not blamed
+		hold = haSilence + time.Second
+	}
+	<-time.After(time.Until(since.Add(hold)))
 	undo()
 	l.settle(t)
 	median, worst := took[len(took)/2], took[len(took)-1]
@@ -471,8 +485,10 @@ func (l *load) finish(t *testing.T, stop func()) {
 	if len(lost) > 0 {
 		t.Errorf("%d of %d sessions are lost, the first: %v", len(lost), sessions, lost[0])
 	}
-	t.Logf("%d logins, %d failed while something was down; %d new connections, errors of others %v; %d probes refused, none allowed",
-		l.logins.Load(), l.failed.Load(), len(l.worked), l.refused, l.probes.Load())
+	logins := l.logins.Load()
+	t.Logf("%d logins in %v, %d failed while something was down; %d new connections, errors of others %v; %d probes refused",
+		logins, time.Since(l.begun).Round(time.Second), l.failed.Load(), len(l.worked), l.refused, l.probes.Load())
+	t.Logf("a login took %v", (time.Duration(l.loginTime.Load()) / time.Duration(max(logins, 1))).Round(time.Millisecond))
 	if l.logins.Load() == 0 || l.probes.Load() == 0 {
 		t.Error("there was no load")
 	}
@@ -564,19 +580,26 @@ func TestCase_M8_PromoteStandby(t *testing.T) {
 // TestLoginThroughTwoAuthds: what one authd began another one goes on with.
 func TestLoginThroughTwoAuthds(t *testing.T) {
 	pg := postgrestest.Start(t)
-	var s *several
-	s = startSeveral(t, pg.URL(pg.Database(t)), pg.PasswordFile(), func() {
-		s.Balancer.To(s.Ready("authd-2").Authd.Listen)
-		s.Balancer.Drop()
+	var turn atomic.Pointer[func()] // once the browser is at the identity provider
+	s := startSeveral(t, pg.URL(pg.Database(t)), pg.PasswordFile(), func() {
+		if f := turn.Load(); f != nil {
+			(*f)()
+		}
 	})
-	s.Balancer.To(s.Ready("authd-1").Authd.Listen)
 	c := s.client()
+	to := func(authd string) {
+		s.Balancer.To(s.Ready(authd).Authd.Listen)
+		c.Close() // what is idle; a request that meets a dropped connection is not repeated
+		s.Balancer.Drop()
+	}
+	second := func() { to("authd-2") }
+	to("authd-1")
+	turn.Store(&second)
 	session, err := c.Login(t.Context(), s.browser(t.Context()))
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.Balancer.To(s.Ready("authd-1").Authd.Listen)
-	s.Balancer.Drop()
+	to("authd-1")
 	if _, err := c.Renew(t.Context(), session.Session); err != nil {
 		t.Errorf("renewal at the other one: %v", err)
 	}
