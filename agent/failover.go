@@ -30,6 +30,9 @@ const (
 	signOfLife = time.Second
 )
 
+// eventsSoon is how long a new carrier waits for the gateway's events.
+const eventsSoon = 1500 * time.Millisecond
+
 // errNoSign ends a wait for a gateway that gives no sign of life.
 var errNoSign = errors.New("the gateway gives no sign of life")
 
@@ -44,7 +47,7 @@ func (a *Agent) dial(ctx context.Context, force bool) (*link, error) {
 	for _, g := range a.inOrder(s.Gateways) {
 		dials = append(dials, func(dialCtx context.Context) (*link, error) { return a.dialGateway(ctx, dialCtx, g, s) })
 	}
-	l, err := tunnel.Race(ctx, gatewayHeadStart, dials...)
+	l, err := inRounds(ctx, dials)
 	if err != nil {
 		return nil, err
 	}
@@ -57,6 +60,25 @@ func (a *Agent) dial(ctx context.Context, force bool) (*link, error) {
 	}
 	a.adopt(ctx, l)
 	return l, nil
+}
+
+// dialRounds are how long all gateways together may take, round after round. QUIC
+// asks a silent gateway more and more rarely: a dial that began long before the
+// gateway is back would be the last to notice.
+var dialRounds = [...]time.Duration{2500 * time.Millisecond, 2500 * time.Millisecond, 5 * time.Second}
+
+// inRounds races the dials, and again while nobody answers in time.
+func inRounds(ctx context.Context, dials []tunnel.DialFunc[*link]) (l *link, err error) {
+	for _, limit := range dialRounds {
+		round, cancel := context.WithTimeout(ctx, limit)
+		l, err = tunnel.Race(round, gatewayHeadStart, dials...)
+		late := round.Err() != nil
+		cancel()
+		if err == nil || !late || ctx.Err() != nil || !Unreached(err) {
+			break
+		}
+	}
+	return l, err
 }
 
 // inOrder returns the gateways as they are to be tried: the one that worked last
@@ -90,18 +112,16 @@ func (a *Agent) dialGateway(life, dialCtx context.Context, g sallyport.GatewayIn
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(dialCtx, dialTimeout)
-	defer cancel()
-	network := networkTo(ctx, u)
+	network := networkTo(dialCtx, u)
 	order := a.order(network)
-	c, err := a.cfg.Dial(ctx, order, tunnel.DialConfig{Gateway: g, TLS: conf})
+	c, err := a.cfg.Dial(dialCtx, order, tunnel.DialConfig{Gateway: g, TLS: conf})
 	if err != nil {
 		return nil, tunnel.DialFailure(u.Host, err)
 	}
 	a.won(network, order, c.Name())
 	l := newLink(c, g, u.Hostname(), s.Session)
 	a.tasks.Go(func() { a.readEvents(life, l) })
-	late := time.NewTimer(firstReport)
+	late := time.NewTimer(eventsSoon)
 	defer late.Stop()
 	select {
 	case <-l.hears:
@@ -111,7 +131,7 @@ func (a *Agent) dialGateway(life, dialCtx context.Context, g sallyport.GatewayIn
 		return nil, tunnel.DialFailure(u.Host, c.Err())
 	case <-dialCtx.Done():
 		l.Close()
-		return nil, context.Cause(dialCtx)
+		return nil, tunnel.DialFailure(u.Host, context.Cause(dialCtx))
 	}
 	return l, nil
 }

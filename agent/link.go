@@ -24,8 +24,7 @@ import (
 )
 
 const (
-	dialTimeout = 10 * time.Second
-	apiTimeout  = 15 * time.Second
+	apiTimeout = 15 * time.Second
 	// silence is how long the event stream may say nothing; a gateway pings every
 	// 10 s.
 	silence = 35 * time.Second

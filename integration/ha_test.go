@@ -127,13 +127,13 @@ var (
 	haPayroll = sallyport.Target{Network: sallyport.TCP, Host: "payroll.internal", Port: 443}
 )
 
-// browser is how a person answers the login pages.
+// browser is how a person answers the login pages; the login ends with ctx.
 func (s *several) browser(ctx context.Context) login.Options {
 	return login.Options{Show: func(string, string) {}, Timeout: 15 * time.Second, Browser: func(page string) error {
 		b := browse.New(&tls.Config{RootCAs: s.Roots(s.t), MinVersion: tls.VersionTLS13})
 		got, err := b.Follow(ctx, page, map[string]string{"answer": "allow"})
 		if err == nil && got.Status != http.StatusOK {
-			err = fmt.Errorf("the browser ended at %s with status %d: %s", got.URL.Redacted(), got.Status, got.Text)
+			err = fmt.Errorf("the browser ended at %s with status %d: %s", got.URL.Path, got.Status, got.Text)
 		}
 		return err
 	}}
@@ -212,6 +212,7 @@ type load struct {
 	mu        sync.Mutex   // guards what follows
 	worked    []success    // new connections, newest last
 	wrong     []string
+	failures  []string       // of logins
 	refused   map[string]int // errors of new connections
 }
 
@@ -243,9 +244,15 @@ func (s *several) load() (*load, func()) {
 	}
 	// A login takes its time, so that several are under way.
 	const people = 2 * haLogins
-	for range people {
+	for i := range people {
 		c := s.client()
-		all.Go(func() { l.every(people*time.Second/haLogins, func() { l.login(c) }) })
+		all.Go(func() {
+			select {
+			case <-time.After(time.Duration(i) * time.Second / haLogins):
+				l.every(people*time.Second/haLogins, func() { l.login(c) })
+			case <-ctx.Done():
+			}
+		})
 	}
 	return l, stop
 }
@@ -303,29 +310,37 @@ func (l *load) inUse(f net.Conn) {
 	}
 }
 
-// connect opens new connections one after the other.
+// connect opens new connections, also while earlier ones wait.
 func (l *load) connect(i int, a *agent.Agent) {
-	l.every(100*time.Millisecond, func() {
-		begun := time.Now()
-		ctx, cancel := context.WithTimeout(l.ctx, 10*time.Second)
-		defer cancel()
-		f, err := a.Open(ctx, haDB)
-		if err == nil {
-			err = stack.Echo(f, "hello")
-			f.Close()
+	var all sync.WaitGroup
+	defer all.Wait()
+	l.every(100*time.Millisecond, func() { all.Go(func() { l.connectOnce(i, a) }) })
+}
+
+func (l *load) connectOnce(i int, a *agent.Agent) {
+	begun := time.Now()
+	ctx, cancel := context.WithTimeout(l.ctx, 10*time.Second)
+	defer cancel()
+	f, err := a.Open(ctx, haDB)
+	opened := err == nil
+	if opened {
+		err = stack.EchoWithin(f, "hello", haSilence)
+		f.Close()
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case err == nil:
+		l.worked = append(l.worked, success{i, begun, time.Now()})
+	case l.ctx.Err() != nil:
+	case opened: // it was open when its gateway died
+		l.refused["lost"]++
+	default:
+		l.refused[sallyport.CodeOf(err)]++
+		if sallyport.OutcomeOf(err) == sallyport.OutcomeLogin {
+			l.wrong = append(l.wrong, "a session was taken away: "+err.Error())
 		}
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		switch {
-		case err == nil:
-			l.worked = append(l.worked, success{i, begun, time.Now()})
-		case l.ctx.Err() == nil:
-			l.refused[sallyport.CodeOf(err)]++
-			if sallyport.OutcomeOf(err) == sallyport.OutcomeLogin {
-				l.wrong = append(l.wrong, "a session was taken away: "+err.Error())
-			}
-		}
-	})
+	}
 }
 
 func (l *load) wronglyAllowed(what string) {
@@ -382,8 +397,22 @@ func (l *load) probeRevoked(g sallyport.GatewayInfo, session *login.Session) {
 func (l *load) login(c *login.Client) {
 	ctx, cancel := context.WithTimeout(l.ctx, 15*time.Second)
 	defer cancel()
+	ctx, giveUp := context.WithCancelCause(ctx)
+	defer giveUp(nil)
 	begun := time.Now()
-	session, err := c.Login(ctx, l.s.browser(ctx))
+	o := l.s.browser(ctx)
+	visit := o.Browser
+	o.Browser = func(page string) error {
+		err := visit(page)
+		if err != nil {
+			giveUp(err) // a person would not wait, either
+		}
+		return err
+	}
+	session, err := c.Login(ctx, o)
+	if cause := context.Cause(ctx); err != nil && cause != nil {
+		err = cause
+	}
 	switch {
 	case err == nil:
 		l.logins.Add(1)
@@ -391,6 +420,9 @@ func (l *load) login(c *login.Client) {
 		l.s.sessions.Store(session.Session, c)
 	case l.ctx.Err() == nil:
 		l.failed.Add(1)
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.failures = append(l.failures, time.Since(l.begun).String()+" "+err.Error())
 	}
 }
 
@@ -488,6 +520,9 @@ func (l *load) finish(t *testing.T, stop func()) {
 	logins := l.logins.Load()
 	t.Logf("%d logins in %v, %d failed while something was down; %d new connections, errors of others %v; %d probes refused",
 		logins, time.Since(l.begun).Round(time.Second), l.failed.Load(), len(l.worked), l.refused, l.probes.Load())
+	for _, e := range l.failures[:min(len(l.failures), 20)] {
+		t.Log(e)
+	}
 	t.Logf("a login took %v", (time.Duration(l.loginTime.Load()) / time.Duration(max(logins, 1))).Round(time.Millisecond))
 	if l.logins.Load() == 0 || l.probes.Load() == 0 {
 		t.Error("there was no load")

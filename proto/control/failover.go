@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -87,39 +88,29 @@ func patienceFor(ctx context.Context) time.Duration {
 	return firstPatience
 }
 
-// leave has the next call go to the next address, if there is one. A connection on
-// which somebody waited in vain is closed: what still waits on it fails, and the
-// next call there makes a new one. Any other mends itself.
+// leave has the next call go to the next address, if there is one. A call that
+// waited in vain takes its connection with it only then: slow is better than nobody.
 func (c *Client) leave(conn *grpc.ClientConn, why error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.conns[c.at] != conn {
-		return // somebody else was faster
-	}
-	if sallyport.CodeOf(why) == CodeTimeout {
-		if len(c.addrs) == 1 {
-			return // slow is better than nobody
-		}
-		c.conns[c.at] = nil
-		conn.Close()
-	}
-	if len(c.addrs) > 1 {
-		from := c.addrs[c.at].Addr
-		c.at = (c.at + 1) % len(c.addrs)
-		c.log.Warn("service left for its next address", "service", c.name, "address", from, "next", c.addrs[c.at].Addr, "error", why)
-	}
+	c.drop(conn, len(c.addrs) > 1 && sallyport.CodeOf(why) == CodeTimeout, why)
 }
 
-// silent drops a connection whose other end has said nothing for Silence, and goes
-// on to the next address.
-func (c *Client) silent(conn *grpc.ClientConn) {
+// drop goes on to the next address if conn is the one in use. hangs: somebody waited
+// on it in vain. Then it is closed, so that what still waits there fails, and the
+// next call there makes a new one; any other mends itself.
+func (c *Client) drop(conn *grpc.ClientConn, hangs bool, why error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.conns[c.at] != conn {
+	i := slices.Index(c.conns, conn)
+	if i < 0 {
+		return // somebody else was faster
+	}
+	if hangs {
+		c.conns[i] = nil
+		conn.Close()
+	}
+	if i != c.at || len(c.addrs) == 1 && !hangs {
 		return
 	}
-	c.conns[c.at] = nil
-	conn.Close()
 	c.at = (c.at + 1) % len(c.addrs)
-	c.log.Warn("service has fallen silent, connecting anew", "service", c.name, "address", c.addrs[c.at].Addr)
+	c.log.Warn("service left, the next address is tried", "service", c.name, "addr", c.addrs[i].Addr, "error", why)
 }

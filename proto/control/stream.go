@@ -117,7 +117,7 @@ func (c *Client) streamEnded(ctx, streamCtx context.Context, conn *grpc.ClientCo
 		return ctx.Err()
 	}
 	if context.Cause(streamCtx) == errSilent {
-		c.silent(conn)
+		c.drop(conn, true, errSilent)
 		return unavailable(c.name, errSilent)
 	}
 	err = c.failed(ctx, err)
