@@ -15,7 +15,7 @@ import (
 
 // dialCarrier races the transports, in this order with a head start for each.
 func dialCarrier(ctx context.Context, transports []string, d tunnel.DialConfig) (tunnel.Carrier, error) {
-	var dials []tunnel.DialFunc
+	var dials []tunnel.DialFunc[tunnel.Carrier]
 	for _, name := range transports {
 		switch name {
 		case quic:
@@ -91,7 +91,7 @@ func (a *Agent) won(network string, order []string, carrier string) {
 
 // networkTo names the network through which the gateway is reached: the prefix of
 // the local address that the system would use. It sends nothing.
-func networkTo(gateway *url.URL) string {
+func networkTo(ctx context.Context, gateway *url.URL) string {
 	port := gateway.Port()
 	if port == "" {
 		port = "443"
@@ -100,7 +100,8 @@ func networkTo(gateway *url.URL) string {
 	if localhost.Is(host) {
 		host = "127.0.0.1"
 	}
-	c, err := net.DialTimeout("udp", net.JoinHostPort(host, port), 2*time.Second)
+	d := net.Dialer{Timeout: 2 * time.Second}
+	c, err := d.DialContext(ctx, "udp", net.JoinHostPort(host, port))
 	if err != nil {
 		return ""
 	}

@@ -44,6 +44,8 @@ func (s *Server) ServeAPI(w http.ResponseWriter, r *http.Request, c tunnel.Serve
 		serve = s.serveTargets
 	case connect.PathWhy:
 		serve = s.serveWhy
+	case connect.PathPing:
+		serve = func(w http.ResponseWriter, _ *http.Request, _ tunnel.ServerConn) { w.WriteHeader(http.StatusNoContent) }
 	case connect.PathPosture:
 		method, serve = http.MethodPost, s.servePosture
 	case connect.PathEvents:

@@ -3,6 +3,7 @@ package tunnel
 import (
 	"context"
 	"errors"
+	"io"
 	"time"
 
 	"sallyport"
@@ -16,25 +17,26 @@ const HeadStart = 250 * time.Millisecond
 // who refuses or is not to be trusted: a box that opens TLS may let QUIC through.
 const lastChance = 2 * time.Second
 
-// DialFunc reaches a gateway over one carrier.
-type DialFunc func(ctx context.Context) (Carrier, error)
+// DialFunc reaches a gateway, over one carrier for example.
+type DialFunc[C io.Closer] func(ctx context.Context) (C, error)
 
 // Race dials in order, each head after the one before it, or at once when that
-// one has failed, and returns the first carrier that stands. The others are
+// one has failed, and returns the first that stands. The others are
 // cancelled, and closed if they made it all the same; Race returns after they
 // have. If all fail, the error is that of the first which met somebody (a gateway
 // that refuses, a certificate not to be trusted), who after lastChance ends the
 // race; when nobody answered, it is the error of the first, joined with the others'.
-func Race(ctx context.Context, head time.Duration, dials ...DialFunc) (Carrier, error) {
+func Race[C io.Closer](ctx context.Context, head time.Duration, dials ...DialFunc[C]) (C, error) {
+	var winner, none C
 	if len(dials) == 0 {
-		return nil, errors.New("race: nothing to dial")
+		return none, errors.New("race: nothing to dial")
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	type arrival struct {
-		carrier Carrier
-		err     error
-		lane    int
+		made C
+		err  error
+		lane int
 	}
 	arrivals := make(chan arrival)
 	started, finished := 0, 0
@@ -46,7 +48,7 @@ func Race(ctx context.Context, head time.Duration, dials ...DialFunc) (Carrier, 
 			arrivals <- arrival{c, err, i}
 		}()
 	}
-	var winner Carrier
+	won := false
 	var met error // of the first dial that met somebody
 	errs := make([]error, len(dials))
 	start()
@@ -55,7 +57,7 @@ func Race(ctx context.Context, head time.Duration, dials ...DialFunc) (Carrier, 
 	for finished < started {
 		select {
 		case <-timer.C:
-			if winner == nil && started < len(dials) && ctx.Err() == nil {
+			if !won && started < len(dials) && ctx.Err() == nil {
 				start()
 				timer.Reset(head)
 			}
@@ -67,24 +69,24 @@ func Race(ctx context.Context, head time.Duration, dials ...DialFunc) (Carrier, 
 				defer time.AfterFunc(lastChance, cancel).Stop()
 			}
 			switch {
-			case a.err == nil && winner == nil:
-				winner = a.carrier
+			case a.err == nil && !won:
+				winner, won = a.made, true
 				cancel()
 			case a.err == nil:
-				a.carrier.Close()
-			case winner == nil && started < len(dials) && ctx.Err() == nil:
+				a.made.Close()
+			case !won && started < len(dials) && ctx.Err() == nil:
 				start()
 				timer.Reset(head)
 			}
 		}
 	}
-	if winner != nil {
+	if won {
 		return winner, nil
 	}
 	if met != nil {
-		return nil, met
+		return none, met
 	}
-	return nil, errors.Join(errs...)
+	return none, errors.Join(errs...)
 }
 
 // metSomebody reports whether a dial failed by what the other side is or said, and

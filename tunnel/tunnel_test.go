@@ -41,7 +41,7 @@ type entrant struct {
 	started time.Duration // since the race began; -1: never
 }
 
-func (e *entrant) dial(begin time.Time) DialFunc {
+func (e *entrant) dial(begin time.Time) DialFunc[Carrier] {
 	e.started = -1
 	return func(ctx context.Context) (Carrier, error) {
 		e.started = time.Since(begin)
@@ -112,7 +112,7 @@ func TestRace(t *testing.T) {
 			})
 		})
 	}
-	if _, err := Race(t.Context(), 0); err == nil {
+	if _, err := Race[Carrier](t.Context(), 0); err == nil {
 		t.Error("a race without dials must fail")
 	}
 }

@@ -190,8 +190,11 @@ func (tun *Tunnel) Dial(t testing.TB) *net.TCPConn {
 }
 
 // Echo sends a line and wants it back.
-func Echo(c net.Conn, line string) error {
-	if err := c.SetDeadline(time.Now().Add(15 * time.Second)); err != nil {
+func Echo(c net.Conn, line string) error { return EchoWithin(c, line, 15*time.Second) }
+
+// EchoWithin is Echo that waits no longer than limit.
+func EchoWithin(c net.Conn, line string, limit time.Duration) error {
+	if err := c.SetDeadline(time.Now().Add(limit)); err != nil {
 		return err
 	}
 	if _, err := io.WriteString(c, line+"\n"); err != nil {

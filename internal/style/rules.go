@@ -72,6 +72,7 @@ var owners = []Owner{
 	{"golang.org/x/term", []string{"cmd", "agent"}, true},
 
 	{"golang.org/x/sync/errgroup", []string{"*"}, false},
+	{"golang.org/x/sync/singleflight", []string{"agent"}, false},
 	{"golang.org/x/sys/unix", []string{"*"}, false},
 	{"golang.org/x/sys/windows", []string{"*"}, false},
 	{"golang.org/x/time/rate", []string{"*"}, false},

@@ -45,11 +45,11 @@ var access = map[string]map[string]rule{
 
 // rule looks at a request that a method of the table was called with. Streams
 // are checked before their first message, so theirs can only be always.
-type rule func(request any) error
+type rule func(who caller, request any) error
 
-func always(any) error { return nil }
+func always(caller, any) error { return nil }
 
-func noSecrets(request any) error {
+func noSecrets(_ caller, request any) error {
 	if q, ok := request.(*pb.GetRequest); !ok || !sallyport.Kind(q.GetKind()).Streamed() {
 		return fmt.Errorf("records of kind %.40q are not for policyd", q.GetKind())
 	}
@@ -58,13 +58,13 @@ func noSecrets(request any) error {
 
 // authdWrites lets authd keep everything about people and what it gave them.
 // The configuration, that is the policy, is the operator's.
-func authdWrites(request any) error {
+func authdWrites(who caller, request any) error {
 	return eachOp(request, func(op *pb.Op) error {
 		switch kind := sallyport.Kind(op.GetKind()); kind {
 		case sallyport.KindConfig, sallyport.KindConfigHistory, sallyport.KindRecord:
 			return fmt.Errorf("records of kind %s are the operator's", kind)
 		case sallyport.KindAuditHead:
-			return ownHead(KindAuthd, op)
+			return ownHead(who, op)
 		}
 		return nil
 	})
@@ -72,13 +72,13 @@ func authdWrites(request any) error {
 
 // policydWrites lets policyd store what agents report. What was revoked at it, it
 // has cached revoke.
-func policydWrites(request any) error {
+func policydWrites(who caller, request any) error {
 	return eachOp(request, func(op *pb.Op) error {
 		switch kind := sallyport.Kind(op.GetKind()); kind {
 		case sallyport.KindPosture:
 			return nil
 		case sallyport.KindAuditHead:
-			return ownHead(KindPolicyd, op)
+			return ownHead(who, op)
 		default:
 			return fmt.Errorf("policyd may not write records of kind %.40q", kind)
 		}
@@ -86,11 +86,21 @@ func policydWrites(request any) error {
 }
 
 // ownHead lets a daemon vouch for its own audit chain and for no other.
-func ownHead(daemon string, op *pb.Op) error {
-	if op.GetId() != daemon || op.GetDelete() {
-		return fmt.Errorf("%s may only replace its own audit head", daemon)
+func ownHead(who caller, op *pb.Op) error {
+	if op.GetId() != AuditHeadID(who.kind, who.name) || op.GetDelete() {
+		return fmt.Errorf("%s may only replace its own audit head", who)
 	}
 	return nil
+}
+
+// AuditHeadID is the id of the record with the audit head of a service, by the kind
+// and the name in its certificate: the kind for the first of a kind, which is
+// called like it, and policyd/NAME for one of several.
+func AuditHeadID(kind, name string) string {
+	if name == kind {
+		return kind
+	}
+	return kind + "/" + name
 }
 
 func eachOp(request any, check func(*pb.Op) error) error {
@@ -135,7 +145,7 @@ func (c caller) check(method string, request any) error {
 	if !ok {
 		return forbidden(c.String(), shortMethod(method))
 	}
-	if err := allowed(request); err != nil {
+	if err := allowed(c, request); err != nil {
 		e := forbidden(c.String(), shortMethod(method)).(*sallyport.Error)
 		e.Message += " with this: " + err.Error()
 		return e

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/resolver/manual"
 	"google.golang.org/grpc/status"
@@ -23,9 +24,11 @@ import (
 	"sallyport/internal/logging"
 )
 
-// Client is a connection to one service at one or more addresses. It connects
-// when it is first used, and again whenever it has to. Records and Policy give
-// the interfaces of what the service offers. Safe for concurrent use.
+// Client calls one service, which may run at several addresses. It stays with one
+// of them as long as that one answers, and goes on to the next when it is gone,
+// silent, or says that it cannot serve (failover.go). It connects when it is first
+// used. Records and Policy give the interfaces of what the service offers. Safe for
+// concurrent use.
 type Client struct {
 	name      string // of the service, for people
 	authority string
@@ -35,8 +38,9 @@ type Client struct {
 
 	gather gatherer // of questions to policyd
 
-	mu     sync.Mutex // guards what follows
-	conn   *grpc.ClientConn
+	mu     sync.Mutex         // guards what follows
+	conns  []*grpc.ClientConn // by address; nil: not connected yet
+	at     int                // the address in use
 	closed bool
 }
 
@@ -72,6 +76,7 @@ func Dial(addrs []string, tlsConf *tls.Config, log logging.Logger) (*Client, err
 		}
 		c.addrs = append(c.addrs, resolver.Address{Addr: addr})
 	}
+	c.conns = make([]*grpc.ClientConn, len(c.addrs))
 	c.gather.ask = c.Policy().ask
 	return c, nil
 }
@@ -86,12 +91,14 @@ func (c *Client) close() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.closed = true
-	if c.conn == nil {
-		return nil
+	var errs []error
+	for i, conn := range c.conns {
+		if conn != nil {
+			errs = append(errs, conn.Close())
+			c.conns[i] = nil
+		}
 	}
-	conn := c.conn
-	c.conn = nil
-	return conn.Close()
+	return errors.Join(errs...)
 }
 
 var errClosed = errors.New("the client is closed")
@@ -103,32 +110,19 @@ func (c *Client) current() (*grpc.ClientConn, error) {
 	if c.closed {
 		return nil, unavailable(c.name, errClosed)
 	}
-	if c.conn == nil {
-		conn, err := c.connect()
+	if c.conns[c.at] == nil {
+		conn, err := c.connect(c.addrs[c.at])
 		if err != nil {
 			return nil, unavailable(c.name, err)
 		}
-		c.conn = conn
+		c.conns[c.at] = conn
 	}
-	return c.conn, nil
+	return c.conns[c.at], nil
 }
 
-// replace drops a connection whose other end has fallen silent; the next call
-// makes a new one. What still waits on the old one fails.
-func (c *Client) replace(silent *grpc.ClientConn) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.conn != silent {
-		return // somebody else was faster
-	}
-	c.conn = nil
-	silent.Close()
-	c.log.Warn("service has fallen silent, connecting anew", "service", c.name)
-}
-
-func (c *Client) connect() (*grpc.ClientConn, error) {
+func (c *Client) connect(to resolver.Address) (*grpc.ClientConn, error) {
 	addresses := manual.NewBuilderWithScheme("sallyport")
-	addresses.InitialState(resolver.State{Addresses: c.addrs})
+	addresses.InitialState(resolver.State{Addresses: []resolver.Address{to}})
 	return grpc.NewClient("sallyport:///"+c.name,
 		grpc.WithTransportCredentials(c.creds),
 		grpc.WithAuthority(c.authority),
@@ -163,19 +157,19 @@ func dialContext(ctx context.Context, addr string) (net.Conn, error) {
 type unaryConn struct{ *Client }
 
 func (c unaryConn) Invoke(ctx context.Context, method string, request, response any, opts ...grpc.CallOption) error {
-	conn, err := c.current()
-	if err != nil {
-		return err
-	}
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, CallTimeout)
 		defer cancel()
 	}
-	if err := conn.Invoke(ctx, method, request, response, opts...); err != nil {
-		return c.failed(ctx, err)
-	}
-	return nil
+	return c.wherever(ctx, func(ctx context.Context, conn *grpc.ClientConn) (sent bool, err error) {
+		var to peer.Peer // known once the request is on its way
+		err = conn.Invoke(ctx, method, request, response, append(opts, grpc.Peer(&to))...)
+		if err != nil {
+			err = c.failed(ctx, err)
+		}
+		return to.Addr != nil, err
+	}, repeatable[method])
 }
 
 // NewStream is for completeness: streams of this package go through receive and

@@ -103,10 +103,17 @@ func (r *Records) List(ctx context.Context, kind sallyport.Kind) ([]sallyport.Re
 		return pb.NewRecordsClient(conn).List(ctx, &pb.ListRecordsRequest{Kind: string(kind)})
 	}
 	var all []sallyport.Record
-	err := receive(ctx, r.client, open, func(m *pb.ListRecordsPart) error {
-		all = append(all, each(m.GetRecords(), recordFromWire)...)
-		return nil
-	})
+	var err error
+	for range r.client.addrs { // once at each
+		all = nil
+		err = receive(ctx, r.client, open, func(m *pb.ListRecordsPart) error {
+			all = append(all, each(m.GetRecords(), recordFromWire)...)
+			return nil
+		})
+		if _, place := placeCodes[sallyport.CodeOf(err)]; !place || ctx.Err() != nil {
+			break
+		}
+	}
 	if err != nil {
 		return nil, err
 	}

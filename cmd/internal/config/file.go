@@ -355,6 +355,9 @@ func (f *File) compile(l *fault.List) {
 // file's lines and columns.
 func (f *File) Known(text string) *policy.Policy { return f.parsed[text] }
 
+// Has reports whether the file has the section.
+func (f *File) Has(section string) bool { return f.present[section] }
+
 // Path is the file's name as it was given.
 func (f *File) Path() string { return f.path }
 

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/tls"
@@ -34,7 +35,12 @@ type Layout struct {
 	Dir string // absolute
 	// Audit is the directory of the audit logs; empty: audit under Dir.
 	Audit string
+	// From is the directory whose CAs sign what is made here; empty: Dir.
+	From string
 }
+
+// issuer is where the CAs are.
+func (l Layout) issuer() Layout { return Layout{Dir: cmp.Or(l.From, l.Dir)} }
 
 // Daemons are the four services, in the order in which they start.
 var Daemons = []string{"cached", "policyd", "authd", "gateway"}
@@ -286,14 +292,49 @@ func (l Layout) EnsureKeys() error {
 	return nil
 }
 
-// EnsureService makes or renews the certificate of a service kind.
-func (l Layout) EnsureService(domain, kind string, now time.Time) error {
+// EnsureCopy makes the directory for a further process of a daemon: it gets what it
+// shares with the others from the directory From, and an audit key of its own. Its
+// certificates are made by EnsureService and EnsurePublic.
+func (l Layout) EnsureCopy(who string) error {
+	if err := l.ensureDirs(); err != nil {
+		return err
+	}
+	own := []string{}
+	for _, pair := range []func(string) (string, string){l.ServicePair, l.PublicPair} {
+		cert, key := pair(who)
+		own = append(own, cert, key)
+	}
+	if slices.Contains(Daemons, who) {
+		if err := l.ensureAuditKey(who); err != nil {
+			return err
+		}
+	}
+	for _, file := range l.FilesOf(who) {
+		if slices.Contains(own, file) {
+			continue
+		}
+		rel, err := filepath.Rel(l.Dir, file)
+		if err != nil {
+			return err
+		}
+		err = ensureFile(file, func() ([]byte, error) { return os.ReadFile(filepath.Join(l.From, rel)) })
+		if err != nil {
+			return Missing(err)
+		}
+	}
+	return nil
+}
+
+// EnsureService makes or renews the certificate of a service kind. name tells it
+// from others of its kind; empty: there are none.
+func (l Layout) EnsureService(domain, kind, name string, now time.Time) error {
+	name = cmp.Or(name, kind)
 	cert, key := l.ServicePair(kind)
 	return l.ensureLeaf(cert, key, InternalCA, now, func(have *x509.Certificate) bool {
-		k, _, err := tlsid.Service(have, domain)
-		return err == nil && k == kind
+		k, n, err := tlsid.Service(have, domain)
+		return err == nil && k == kind && n == name
 	}, func(ca *tlsid.CA) (tls.Certificate, error) {
-		return ca.IssueService(domain, kind, kind, nil, tlsid.ServiceLife)
+		return ca.IssueService(domain, kind, name, nil, tlsid.ServiceLife)
 	})
 }
 
@@ -311,7 +352,7 @@ func (l Layout) EnsurePublic(daemon, host string, now time.Time) error {
 // ensureLeaf keeps a pair that its CA signed, that fits and that has half of its
 // life before it, and replaces any other.
 func (l Layout) ensureLeaf(cert, key, caName string, now time.Time, fits func(*x509.Certificate) bool, issue func(*tlsid.CA) (tls.Certificate, error)) error {
-	ca, err := l.CA(caName)
+	ca, err := l.issuer().CA(caName)
 	if err != nil {
 		return err
 	}

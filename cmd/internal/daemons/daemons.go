@@ -41,7 +41,7 @@ func or(addr, def string) string {
 
 // Policyd starts the service that decides.
 func Policyd(p *run.Process, records policyd.Cached) (*policyd.Server, error) {
-	auditor, err := p.Audit("policyd", run.KeepHeads("policyd", records))
+	auditor, err := p.Audit("policyd", p.KeepHeads("policyd", records))
 	if err != nil {
 		return nil, err
 	}
@@ -79,7 +79,7 @@ func ListenAuthd(p *run.Process) (*AuthdListener, error) {
 // Authd starts the service that logs people in.
 func Authd(p *run.Process, l *AuthdListener, records sallyport.Records) (*authd.Server, error) {
 	layout := p.Config.Layout()
-	auditor, err := p.Audit("authd", run.KeepHeads("authd", records))
+	auditor, err := p.Audit("authd", p.KeepHeads("authd", records))
 	if err != nil {
 		return nil, err
 	}

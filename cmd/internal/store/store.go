@@ -25,7 +25,7 @@ func Open(p *run.Process) (*cached.Server, error) {
 	var own atomic.Pointer[cached.Server] // set below: the log is opened before the server
 	auditor, err := p.Audit("cached", func(ctx context.Context, h audit.Head) error {
 		if s := own.Load(); s != nil {
-			return run.KeepHeads("cached", s)(ctx, h)
+			return p.KeepHeads("cached", s)(ctx, h)
 		}
 		return nil
 	})

@@ -45,7 +45,7 @@ func StartWith(p *run.Process, between func(daemons.Decider) daemons.Decider) er
 	if err != nil {
 		return err
 	}
-	gate, err := daemons.Gateway(p, ls.gateway, between(decider), run.KeepHeads("gateway", records))
+	gate, err := daemons.Gateway(p, ls.gateway, between(decider), p.KeepHeads("gateway", records))
 	if err != nil {
 		return err
 	}
