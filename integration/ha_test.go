@@ -635,7 +635,7 @@ func TestLoginThroughTwoAuthds(t *testing.T) {
 		t.Fatal(err)
 	}
 	to("authd-1")
-	if _, err := c.Renew(t.Context(), session.Session); err != nil {
+	if _, err := c.Renew(t.Context(), session.Session, nil); err != nil {
 		t.Errorf("renewal at the other one: %v", err)
 	}
 }
