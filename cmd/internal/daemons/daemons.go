@@ -87,7 +87,7 @@ func Authd(p *run.Process, l *AuthdListener, records sallyport.Records) (*authd.
 	if err != nil {
 		return nil, err
 	}
-	seal, err := layout.Secret(config.SealKey)
+	kek, err := layout.KEK(config.SealKey)
 	if err != nil {
 		return nil, err
 	}
@@ -98,7 +98,7 @@ func Authd(p *run.Process, l *AuthdListener, records sallyport.Records) (*authd.
 		return nil, err
 	}
 	server, err := authd.New(cfg, authd.Deps{
-		Domain: p.Config.Domain, Records: records, Audit: auditor, Log: p.Log.Named("authd"), SessionCA: ca, SealKey: seal,
+		Domain: p.Config.Domain, Records: records, Audit: auditor, Log: p.Log.Named("authd"), SessionCA: ca, KEK: kek,
 	})
 	if err != nil {
 		return nil, err
