@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # program : Debian package that brings it
 needs=(
   cc:build-essential curl:curl ssh:openssh-client /usr/sbin/sshd:openssh-server psql:postgresql-client
-  postgres:postgresql xdg-open:xdg-utils chromium:chromium certutil:libnss3-tools node:nodejs npm:npm
+  postgres:postgresql xdg-open:xdg-utils chromium:chromium certutil:libnss3-tools node:nodejs npm:npm swtpm:swtpm
 )
 
 have() {

@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"sallyport"
-	"sallyport/internal/keyring"
 	"sallyport/internal/tlsid"
 )
 
@@ -23,7 +22,8 @@ import (
 // a file name in it.
 //
 //	keys/{internal-ca,public-ca,session-ca}.{crt,key}  one CA, one purpose
-//	keys/{records,seal,reset}.key                      32 random bytes each
+//	keys/{records,seal}.key                            key-encryption keys (or .tpm, or a credential)
+//	keys/reset.key                                     32 random bytes
 //	keys/audit-<daemon>.{key,pub}                      Ed25519, signs audit heads
 //	svc/<kind>.{crt,key}                               daemon to daemon
 //	svc/{gateway,authd}-public.{crt,key}               listeners without a certificate of their own
@@ -32,6 +32,8 @@ type Layout struct {
 	Dir string // absolute
 	// Audit is the directory of the audit logs; empty: audit under Dir.
 	Audit string
+	// Keys says where key-encryption keys come from; zero: from files under Dir.
+	Keys Keys
 }
 
 // Daemons are the four services, in the order in which they start.
@@ -43,8 +45,8 @@ const (
 	PublicCA   = "public-ca"   // signs public listeners that have no certificate of their own
 	SessionCA  = "session-ca"  // signs session certificates
 
-	RecordsKey = "records" // MACs of records at rest
-	SealKey    = "seal"    // encrypts IdP tokens at rest
+	RecordsKey = "records" // wraps the keys of cached's rows
+	SealKey    = "seal"    // wraps the keys of what authd stores of others' secrets
 	ResetKey   = "reset"   // tells agents that a gateway has restarted
 )
 
@@ -89,10 +91,10 @@ func (l Layout) FilesOf(who string) []string {
 	}
 	switch who {
 	case "cached":
-		files = append(files, l.secret(RecordsKey))
+		files = append(files, l.kekFiles(RecordsKey)...)
 	case "authd":
 		sessionCert, sessionKey := l.CAPair(SessionCA)
-		files = append(files, sessionCert, sessionKey, l.secret(SealKey))
+		files = append(append(files, sessionCert, sessionKey), l.kekFiles(SealKey)...)
 	}
 	if who == "gateway" {
 		files = append(files, l.secret(ResetKey))
@@ -103,6 +105,15 @@ func (l Layout) FilesOf(who string) []string {
 		files = append(files, publicCA, publicCert, publicKey)
 	}
 	return files
+}
+
+// kekFiles are the files of a key-encryption key that have to be on the machine: no
+// file of ours for a credential.
+func (l Layout) kekFiles(name string) []string {
+	if l.KeySource() == FromCredential {
+		return nil
+	}
+	return []string{l.KEKFile(name)}
 }
 
 // CA loads one of the CAs.
@@ -124,19 +135,6 @@ func (l Layout) Secret(name string) ([]byte, error) {
 		return nil, fmt.Errorf("%s: %d bytes, want 32: the file is damaged; restore it from a backup", l.secret(name), len(b))
 	}
 	return b, nil
-}
-
-// KEK loads a key-encryption key.
-func (l Layout) KEK(name string) (keyring.KEK, error) {
-	b, err := tlsid.ReadKeyFile(l.secret(name))
-	if err != nil {
-		return keyring.KEK{}, Missing(err)
-	}
-	kek, err := keyring.ParseKEK(b)
-	if err != nil {
-		return keyring.KEK{}, fmt.Errorf("%s: %w", l.secret(name), err)
-	}
-	return kek, nil
 }
 
 func (l Layout) secret(name string) string { return filepath.Join(l.Dir, "keys", name+".key") }
@@ -211,10 +209,13 @@ func (l Layout) EnsureKeys() error {
 			return err
 		}
 	}
-	for _, name := range []string{RecordsKey, SealKey, ResetKey} {
-		if err := ensureFile(l.secret(name), randomKey); err != nil {
+	for _, name := range []string{RecordsKey, SealKey} {
+		if err := l.ensureKEK(name); err != nil {
 			return err
 		}
+	}
+	if err := ensureFile(l.secret(ResetKey), randomKey); err != nil {
+		return err
 	}
 	for _, daemon := range Daemons {
 		if err := l.ensureAuditKey(daemon); err != nil {
@@ -308,13 +309,14 @@ func closeDir(dir string) error {
 // checkRecordsKey refuses to go on with records whose key is gone: with a new
 // key every one of them would count as forged.
 func (l Layout) checkRecordsKey() error {
-	if !exists(l.Database()) || exists(l.secret(RecordsKey)) {
+	file := l.KEKFile(RecordsKey)
+	if !exists(l.Database()) || l.KeySource() == FromCredential || exists(file) {
 		return nil
 	}
 	return &sallyport.Error{
 		Outcome: sallyport.OutcomeInternal, Code: "keys.missing",
 		Message: l.Database() + " exists, but not the key that protects it",
-		Hint:    "restore " + l.secret(RecordsKey) + " from a backup, or move the database away to start empty (everybody logs in again)",
+		Hint:    "restore " + file + " from a backup, or move the database away to start empty (everybody logs in again)",
 	}
 }
 

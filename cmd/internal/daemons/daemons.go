@@ -108,6 +108,14 @@ func Authd(p *run.Process, l *AuthdListener, records sallyport.Records) (*authd.
 		next.PublicURL = l.URL
 		return server.Reload(next)
 	})
+	p.ReloadOn(layout.KEKFile(config.SealKey))
+	p.OnReload(func(*config.File) error {
+		kek, err := layout.KEK(config.SealKey)
+		if err != nil {
+			return err
+		}
+		return server.SetKEK(kek)
+	})
 	p.Go("authd", server.Run)
 	p.ServeHTTP("authd listener", l, &http.Server{
 		Handler: server.Handler(),

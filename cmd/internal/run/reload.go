@@ -27,6 +27,10 @@ const (
 // take the whole change or nothing of it.
 func (p *Process) OnReload(f func(*config.File) error) { p.reloads = append(p.reloads, f) }
 
+// ReloadOn has the configuration read again when another file changes, too: one
+// that the configuration names or implies.
+func (p *Process) ReloadOn(file string) { p.watched = append(p.watched, file) }
+
 // OnRefused has f called with why a changed file was not taken, and with nil once
 // one was. A refusal that only the moment is to blame for is not told.
 func (p *Process) OnRefused(f func(context.Context, error)) { p.refusals = append(p.refusals, f) }
@@ -40,8 +44,9 @@ func (p *Process) Stale() error {
 }
 
 // watch takes changes of the file over, on SIGHUP and when it changes on disk.
-// seen is the stamp of what the process was started with.
-func (p *Process) watch(file, seen string) func(context.Context) error {
+// began is the stamp of what the process was started with.
+func (p *Process) watch(file, began string) func(context.Context) error {
+	seen := p.stampsWith(began)
 	return func(ctx context.Context) error {
 		hup := make(chan os.Signal, 1)
 		signal.Notify(hup, syscall.SIGHUP)
@@ -56,11 +61,11 @@ func (p *Process) watch(file, seen string) func(context.Context) error {
 				return ctx.Err()
 			case <-hup:
 			case now := <-tick.C:
-				if stamp(file) == seen && (again.IsZero() || now.Before(again)) {
+				if p.stamps(file) == seen && (again.IsZero() || now.Before(again)) {
 					continue
 				}
 			}
-			seen, again = stamp(file), time.Time{}
+			seen, again = p.stamps(file), time.Time{}
 			next, err := p.reload(running, file)
 			p.settle(ctx, err)
 			if err != nil {
@@ -112,6 +117,17 @@ func (p *Process) reload(running *config.File, file string) (*config.File, error
 	}
 	p.Log.Info("configuration reloaded", "file", file, "changed", strings.Join(changed, ", "))
 	return next, nil
+}
+
+// stamps are those of the configuration and of what else is watched.
+func (p *Process) stamps(file string) string { return p.stampsWith(stamp(file)) }
+
+func (p *Process) stampsWith(first string) string {
+	all := []string{first}
+	for _, f := range p.watched {
+		all = append(all, stamp(f))
+	}
+	return strings.Join(all, "\n")
 }
 
 // stamp tells two states of a file apart without reading it.

@@ -42,6 +42,7 @@ type Process struct {
 	stdout  io.Writer
 	closers []func() error
 	opened  []io.Closer
+	watched []string // files beside the configuration
 
 	mu       sync.Mutex
 	reloads  []func(*config.File) error

@@ -41,6 +41,14 @@ func Open(p *run.Process) (*cached.Server, error) {
 		return nil, err
 	}
 	own.Store(server)
+	p.ReloadOn(layout.KEKFile(config.RecordsKey))
+	p.OnReload(func(*config.File) error {
+		kek, err := layout.KEK(config.RecordsKey)
+		if err != nil {
+			return err
+		}
+		return server.SetKEK(p.Context(), kek)
+	})
 	p.Go("cached", server.Run)
 	return server, nil
 }
