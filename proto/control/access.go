@@ -35,7 +35,7 @@ var access = map[string]map[string]rule{
 		pb.Revoker_Revoke_FullMethodName: always, // replay of direct revocations
 	},
 	KindAuthd: {
-		pb.Records_Get_FullMethodName:   always,
+		pb.Records_Get_FullMethodName:   authdReads,
 		pb.Records_Apply_FullMethodName: authdWrites,
 		pb.Records_Watch_FullMethodName: always,
 		pb.Records_Lease_FullMethodName: always,
@@ -56,6 +56,15 @@ func noSecrets(_ caller, request any) error {
 	return nil
 }
 
+// authdReads lets authd read everything but other daemons' keys, wrapped as they are.
+func authdReads(_ caller, request any) error {
+	q, ok := request.(*pb.GetRequest)
+	if !ok || sallyport.Kind(q.GetKind()) == sallyport.KindKeyring && q.GetId() != KindAuthd {
+		return fmt.Errorf("keys of other daemons are not for authd")
+	}
+	return nil
+}
+
 // authdWrites lets authd keep everything about people and what it gave them.
 // The configuration, that is the policy, is the operator's.
 func authdWrites(who caller, request any) error {
@@ -65,6 +74,10 @@ func authdWrites(who caller, request any) error {
 			return fmt.Errorf("records of kind %s are the operator's", kind)
 		case sallyport.KindAuditHead:
 			return ownHead(who, op)
+		case sallyport.KindKeyring:
+			if op.GetId() != KindAuthd || op.GetDelete() {
+				return fmt.Errorf("authd may only replace its own keys")
+			}
 		}
 		return nil
 	})

@@ -12,12 +12,13 @@ import (
 )
 
 // Records is cached at the other end of a client. It implements
-// sallyport.Records, Lister and Revoker. An Apply or Revoke that fails with
+// sallyport.Records, Lister, Revoker and KeyKeeper. An Apply or Revoke that fails with
 // CodeTimeout or CodeUnavailable may have happened.
 type Records struct {
 	client *Client
 	rpc    pb.RecordsClient
 	revoker
+	keyKeeper
 }
 
 var (
@@ -28,7 +29,7 @@ var (
 
 // Records returns the client's view of cached.
 func (c *Client) Records() *Records {
-	return &Records{client: c, rpc: pb.NewRecordsClient(unaryConn{c}), revoker: revoker{pb.NewRevokerClient(unaryConn{c})}}
+	return &Records{client: c, rpc: pb.NewRecordsClient(unaryConn{c}), revoker: revoker{pb.NewRevokerClient(unaryConn{c})}, keyKeeper: keyKeeper{pb.NewKeysClient(unaryConn{c})}}
 }
 
 // Get implements sallyport.Records.

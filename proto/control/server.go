@@ -20,6 +20,7 @@ type Services struct {
 	Records    sallyport.Records
 	Lister     sallyport.Lister
 	Revoker    sallyport.Revoker
+	Keys       sallyport.KeyKeeper // operators only
 	Authorizer sallyport.Authorizer
 	Explainer  sallyport.Explainer
 	Changes    sallyport.Changes
@@ -72,6 +73,9 @@ func NewServer(tlsConf *tls.Config, domain string, s Services, log logging.Logge
 	}
 	if s.Authorizer != nil || s.Explainer != nil || s.Changes != nil || s.Posture != nil {
 		pb.RegisterPolicyServer(srv.grpc, &policyServer{s: s})
+	}
+	if s.Keys != nil {
+		pb.RegisterKeysServer(srv.grpc, &keysServer{keys: s.Keys})
 	}
 	if s.Revoker != nil {
 		pb.RegisterRevokerServer(srv.grpc, &revokerServer{revoker: s.Revoker})

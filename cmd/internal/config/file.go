@@ -58,6 +58,8 @@ type File struct {
 	Policyd policyd.Config `yaml:"policyd"`
 	// Audit says where audit logs lie and what happens when they cannot be written.
 	Audit Audit `yaml:"audit"`
+	// Keys says where the keys come from that protect data at rest.
+	Keys Keys `yaml:"keys"`
 	// Connect is where the daemons find each other; not needed in the all-in-one.
 	Connect Connect `yaml:"connect"`
 	// Routes are what people can reach, and their policies.
@@ -234,6 +236,7 @@ func (f *File) check(d *decoder, reader string) {
 	f.checkGateways(&l)
 	l.Under("connect", f.checkConnect(reader))
 	l.Under("admin", f.Admin.validate())
+	l.Under("keys", f.Keys.validate())
 	f.checkRoutes(d, &l)
 	for _, p := range l {
 		if !d.isBad(p.Key) {
@@ -362,7 +365,7 @@ func (f *File) Has(section string) bool { return f.present[section] }
 func (f *File) Path() string { return f.path }
 
 // Layout returns where everything lies in the data directory.
-func (f *File) Layout() Layout { return Layout{Dir: f.DataDir, Audit: f.Audit.Dir} }
+func (f *File) Layout() Layout { return Layout{Dir: f.DataDir, Audit: f.Audit.Dir, Keys: f.Keys} }
 
 // AdminAddress returns where the daemon's admin listener is to be.
 func (f *File) AdminAddress(daemon string) string {

@@ -84,13 +84,13 @@ func Authd(p *run.Process, l *AuthdListener, records sallyport.Records) (*authd.
 		return nil, err
 	}
 	p.Watch(func(f *config.File) []string {
-		return append(f.Layout().SessionCAFiles(), f.Authd.IDP.ClientSecretFile)
+		return append(f.Layout().SessionCAFiles(), f.Authd.IDP.ClientSecretFile, f.Layout().KEKFile(config.SealKey))
 	})
 	cas, err := layout.SessionCAs()
 	if err != nil {
 		return nil, err
 	}
-	seal, err := layout.Secret(config.SealKey)
+	kek, err := layout.KEK(config.SealKey)
 	if err != nil {
 		return nil, err
 	}
@@ -101,7 +101,7 @@ func Authd(p *run.Process, l *AuthdListener, records sallyport.Records) (*authd.
 		return nil, err
 	}
 	server, err := authd.New(cfg, authd.Deps{
-		Domain: p.Config.Domain, Records: records, Audit: auditor, Log: p.Log.Named("authd"), SealKey: seal,
+		Domain: p.Config.Domain, Records: records, Audit: auditor, Log: p.Log.Named("authd"), KEK: kek,
 		SessionCAs: cas, MaxStale: p.Config.Policyd.MaxStale,
 	})
 	if err != nil {
@@ -119,6 +119,13 @@ func Authd(p *run.Process, l *AuthdListener, records sallyport.Records) (*authd.
 		}
 		server.TakeSessionCAs(cas)
 		return nil
+	})
+	p.OnReload(func(*config.File) error {
+		kek, err := layout.KEK(config.SealKey)
+		if err != nil {
+			return err
+		}
+		return server.SetKEK(kek)
 	})
 	p.Go("authd", server.Run)
 	p.ServeHTTP("authd listener", l, &http.Server{
