@@ -19,6 +19,9 @@ type Login struct {
 	Authenticated time.Time `json:"authenticated,omitzero"`
 	// AuthMethods is the ID token's "amr" (RFC 8176), plus "acr" if there is one.
 	AuthMethods []string `json:"auth_methods,omitempty"`
+	// TokenVersion counts the identity provider's tokens that were stored for the
+	// login, in a KindIDPToken of the same id; 0: none.
+	TokenVersion uint64 `json:"token_version,omitzero"`
 }
 
 // SessionKind is what holds a session.

@@ -37,7 +37,9 @@ type Agent struct {
 	until    time.Time // nobody is asked again before
 	link     *link     // nil: no carrier
 	dialling *call[*link]
-	lost     map[string]time.Time // gateways by URL, and when each stopped answering
+	// URLs of the gateway that the newest link goes to, and of the one that was
+	// given up last.
+	goodGateway, badGateway string
 
 	owed       chan struct{} // capacity 1: a posture report is due
 	factsKnown chan struct{} // closed after the first collection

@@ -24,7 +24,12 @@ func (a *Agent) Open(ctx context.Context, t sallyport.Target) (*forward.Flow, er
 	for {
 		err := a.do(ctx, func(l *link) error {
 			defer a.during(t.Authority() + " through gateway " + l.host)()
-			f, err := l.carrier.Open(ctx, t, nil)
+			var f *tunnel.Flow
+			// Without early bytes it has no effect that asking twice would double.
+			err := a.answered(ctx, l, func(ctx context.Context) (err error) {
+				f, err = l.carrier.Open(ctx, t, nil)
+				return err
+			})
 			if err == nil {
 				flow = &forward.Flow{Flow: f, WhyCut: func(ctx context.Context, cause error) error { return l.why(ctx, t, f, cause) }}
 			}
@@ -351,6 +356,7 @@ func (a *Agent) Keep(ctx context.Context, up func(Link)) error {
 			pause = retryFirst
 			select {
 			case <-l.carrier.Done():
+			case <-l.gone:
 			case <-ctx.Done():
 			}
 			return nil

@@ -11,24 +11,23 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"slices"
 	"strings"
 	"sync"
 	"time"
 
+	"golang.org/x/sync/singleflight"
+
 	"sallyport"
-	"sallyport/agent/login"
 	"sallyport/agent/posture"
 	"sallyport/proto/connect"
 	"sallyport/tunnel"
 )
 
 const (
-	dialTimeout = 10 * time.Second
-	apiTimeout  = 15 * time.Second
-	// silence is how long the event stream may say nothing before the gateway is
-	// asked whether it is there; it pings every 10 s.
-	silence = 13 * time.Second
+	apiTimeout = 15 * time.Second
+	// silence is how long the event stream may say nothing; a gateway pings every
+	// 10 s.
+	silence = 35 * time.Second
 	// firstReport bounds how long a flow waits for the posture report before it.
 	firstReport = 5 * time.Second
 	maxEvent    = 256 << 10 // bytes of one line
@@ -43,16 +42,28 @@ type link struct {
 	since   time.Time
 	hears   chan struct{} // closed once the event stream has been open
 	once    sync.Once
+	gone    chan struct{}      // closed by Agent.leave
+	pings   singleflight.Group // questions whether the gateway is there
 
 	mu       sync.Mutex
 	rtt      time.Duration
-	draining bool
+	left     bool                               // by Agent.leave: no new flows on it
 	reported int                                // newest reading of facts that was sent
 	over     *connect.Event                     // the session's end, as the gateway told it
 	cuts     map[sallyport.FlowID]connect.Event // told, and not asked for yet
 	waiting  map[sallyport.FlowID]chan struct{} // who waits for one
 	order    []sallyport.FlowID                 // of cuts, oldest first
 }
+
+func newLink(c tunnel.Carrier, g sallyport.GatewayInfo, host string, session sallyport.SessionID) *link {
+	return &link{
+		carrier: c, gateway: g, host: host, session: session, since: time.Now(), hears: make(chan struct{}), gone: make(chan struct{}),
+		cuts: map[sallyport.FlowID]connect.Event{}, waiting: map[sallyport.FlowID]chan struct{}{},
+	}
+}
+
+// Close closes the carrier.
+func (l *link) Close() error { return l.carrier.Close() }
 
 const maxCuts = 1024 // of flows that nobody asks about
 
@@ -93,7 +104,7 @@ func (l *link) usable() bool {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return !l.draining && l.over == nil
+	return !l.left && l.over == nil
 }
 
 // connected returns a carrier, dialling one if there is none. force asks for a new
@@ -113,92 +124,15 @@ func (a *Agent) connected(ctx context.Context, force bool) (*link, error) {
 	})
 }
 
-// gatewayHead is the head start of each gateway before the next one in the list:
-// the first is to be used, unless it does not answer.
-const gatewayHead = 400 * time.Millisecond
-
-// dial gets a session and races its gateways.
-func (a *Agent) dial(ctx context.Context, force bool) (*link, error) {
-	s, err := a.liveSession(ctx, force)
-	if err != nil {
-		return nil, err
-	}
-	var dials []tunnel.DialFunc[*link]
-	for _, g := range a.preferred(s.Gateways) {
-		dials = append(dials, func(ctx context.Context) (*link, error) { return a.reach(ctx, g, s) })
-	}
-	l, err := tunnel.Race(ctx, gatewayHead, dials...)
-	if err != nil {
-		return nil, err
-	}
-	return a.start(ctx, l)
-}
-
-// preferred puts gateways that were lost a moment ago behind the others.
-func (a *Agent) preferred(list []sallyport.GatewayInfo) []sallyport.GatewayInfo {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	list = slices.Clone(list)
-	slices.SortStableFunc(list, func(x, y sallyport.GatewayInfo) int {
-		return a.lost[x.URL].Compare(a.lost[y.URL])
-	})
-	return list
-}
-
-// reach dials one gateway.
-func (a *Agent) reach(ctx context.Context, g sallyport.GatewayInfo, s *login.Session) (*link, error) {
-	u, err := url.Parse(g.URL)
-	if err != nil {
-		return nil, fmt.Errorf("gateway %s: %w", g.Name, err)
-	}
-	defer a.during("gateway " + u.Host)()
-	conf, err := a.tlsConfig(g)
-	if err != nil {
-		return nil, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
-	defer cancel()
-	network := networkTo(ctx, u)
-	order := a.order(network)
-	c, err := a.cfg.Dial(ctx, order, tunnel.DialConfig{Gateway: g, TLS: conf})
-	if err != nil {
-		return nil, tunnel.DialFailure(u.Host, err)
-	}
-	a.won(network, order, c.Name())
-	return &link{
-		carrier: c, gateway: g, host: u.Hostname(), session: s.Session, since: time.Now(), hears: make(chan struct{}),
-		cuts: map[sallyport.FlowID]connect.Event{}, waiting: map[sallyport.FlowID]chan struct{}{},
-	}, nil
-}
-
-// Close closes the carrier of a link that lost its race.
-func (l *link) Close() error { return l.carrier.Close() }
-
-// start tells the gateway the posture and listens to its events.
-func (a *Agent) start(ctx context.Context, l *link) (*link, error) {
-	// Before the first question, so that it is answered from what is true now.
-	reportCtx, done := context.WithTimeout(ctx, firstReport)
-	defer done()
-	a.tasks.Go(func() { a.readEvents(ctx, l) })
-	if err := a.reportFirst(reportCtx, l); sallyport.OutcomeOf(err) == sallyport.OutcomeLogin {
-		l.carrier.Close()
-		return nil, err
-	}
-	// A flow that is cut at once must not be cut without a reason.
-	select {
-	case <-l.hears:
-	case <-reportCtx.Done():
-	case <-l.carrier.Done():
-	}
-	a.adopt(ctx, l)
-	return l, nil
-}
-
 // adopt makes l the agent's link.
 func (a *Agent) adopt(ctx context.Context, l *link) {
 	a.mu.Lock()
 	old := a.link
 	a.link = l
+	a.goodGateway = l.gateway.URL
+	if a.badGateway == a.goodGateway {
+		a.badGateway = ""
+	}
 	a.mu.Unlock()
 	a.owePosture() // facts may have changed after the report that it started with
 	if old != nil {
@@ -207,7 +141,7 @@ func (a *Agent) adopt(ctx context.Context, l *link) {
 	a.cfg.Log.Info("carrier up", "gateway", l.gateway.URL, "carrier", l.carrier.Name())
 }
 
-// retire leaves a draining carrier to its flows and closes it with the agent.
+// retire leaves a carrier that was left to its flows and closes it with the agent.
 func (a *Agent) retire(ctx context.Context, l *link) {
 	select {
 	case <-l.carrier.Done():
@@ -236,15 +170,16 @@ func (a *Agent) tlsConfig(g sallyport.GatewayInfo) (*tls.Config, error) {
 	return conf, nil
 }
 
-// do runs f on a live carrier. A carrier that is dead, or that the gateway closes
-// on us for our certificate, is replaced, and f runs again: at most three times.
+// do runs f on a live carrier. A carrier that is dead, that was left, or that the
+// gateway closes on us for our certificate, is replaced, and f runs again: at most
+// three times.
 func (a *Agent) do(ctx context.Context, f func(*link) error) error {
 	var err error
 	force := false
 	for range 3 {
 		var l *link
 		if l, err = a.connected(ctx, force); err == nil {
-			err = a.attended(ctx, l, func() error { return f(l) })
+			err = f(l)
 		}
 		if l != nil && err != nil {
 			a.drop(l, err)
@@ -254,71 +189,12 @@ func (a *Agent) do(ctx context.Context, f func(*link) error) error {
 			return err
 		case sallyport.OutcomeOf(err) == sallyport.OutcomeLogin && sallyport.CodeOf(err) != "login.needed" && !force:
 			force = true // perhaps only the certificate is at its end
-		case l != nil && dead(l):
+		case l != nil && (dead(l) || l.isLeft()):
 		default:
 			return err
 		}
 	}
 	return err
-}
-
-// How long the gateway may leave something unanswered before it is asked whether
-// it is there, and how long that may take. Both together, and a new carrier to
-// another gateway, fit into three seconds.
-const (
-	suspectAfter = 900 * time.Millisecond
-	pingTimeout  = 900 * time.Millisecond
-)
-
-// attended runs f, and closes the carrier if the gateway proves to be gone
-// meanwhile. A QUIC connection to a gateway that was killed, and any to one that is
-// cut off, says nothing of it for three quarters of a minute.
-func (a *Agent) attended(ctx context.Context, l *link, f func() error) error {
-	ctx, cancel := context.WithCancel(ctx)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		for wait := suspectAfter; ctx.Err() == nil; wait *= 2 {
-			select {
-			case <-ctx.Done():
-				return
-			case <-l.carrier.Done():
-				return
-			case <-time.After(wait):
-			}
-			if !l.answers(ctx) && ctx.Err() == nil {
-				a.forsake(l)
-			}
-		}
-	}()
-	err := f()
-	cancel()
-	<-done
-	return err
-}
-
-// answers reports whether the gateway says anything at all.
-func (l *link) answers(ctx context.Context) bool {
-	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
-	defer cancel()
-	resp, err := l.request(ctx, http.MethodGet, connect.PathPing, nil, nil)
-	if err != nil {
-		return sallyport.OutcomeOf(err) == sallyport.OutcomeLogin // it is there, and refuses us
-	}
-	resp.Body.Close()
-	return true
-}
-
-// forsake closes the carrier to a gateway that does not answer, and remembers it.
-func (a *Agent) forsake(l *link) {
-	a.mu.Lock()
-	if a.lost == nil {
-		a.lost = map[string]time.Time{}
-	}
-	a.lost[l.gateway.URL] = time.Now()
-	a.mu.Unlock()
-	a.cfg.Log.Warn("gateway does not answer, its carrier is given up", "gateway", l.gateway.URL, "carrier", l.carrier.Name())
-	l.carrier.Close()
 }
 
 func dead(l *link) bool {
@@ -335,6 +211,9 @@ func (a *Agent) drop(l *link, err error) {
 	if !dead(l) && sallyport.OutcomeOf(err) != sallyport.OutcomeLogin {
 		return
 	}
+	if dead(l) {
+		a.distrust(l)
+	}
 	a.mu.Lock()
 	if a.link == l {
 		a.link = nil
@@ -343,30 +222,40 @@ func (a *Agent) drop(l *link, err error) {
 	l.carrier.Close()
 }
 
+func (l *link) isLeft() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.left
+}
+
 // get asks the gateway for one JSON document.
 func (a *Agent) get(ctx context.Context, path string, query url.Values, into any) error {
 	return a.do(ctx, func(l *link) error {
 		defer a.during("gateway " + l.host)()
 		ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 		defer cancel()
-		began := time.Now()
-		resp, err := l.request(ctx, http.MethodGet, path, query, nil)
-		if err != nil {
-			return tunnel.DialFailure(l.host, err)
-		}
-		defer resp.Body.Close()
-		l.measured(time.Since(began))
-		if resp.StatusCode != http.StatusOK {
-			return connect.ReadRefusal(resp)
-		}
-		if err := json.NewDecoder(io.LimitReader(resp.Body, 16<<20)).Decode(into); err != nil {
-			return &sallyport.Error{
-				Outcome: sallyport.OutcomeUnavailable, Code: connect.ProblemUnintelligible,
-				Message: "gateway " + l.host + " answered something that this version does not read", Err: err,
-			}
-		}
-		return nil
+		return a.answered(ctx, l, func(ctx context.Context) error { return l.get(ctx, path, query, into) })
 	})
+}
+
+func (l *link) get(ctx context.Context, path string, query url.Values, into any) error {
+	began := time.Now()
+	resp, err := l.request(ctx, http.MethodGet, path, query, nil)
+	if err != nil {
+		return tunnel.DialFailure(l.host, err)
+	}
+	defer resp.Body.Close()
+	l.measured(time.Since(began))
+	if resp.StatusCode != http.StatusOK {
+		return connect.ReadRefusal(resp)
+	}
+	if err := json.NewDecoder(io.LimitReader(resp.Body, 16<<20)).Decode(into); err != nil {
+		return &sallyport.Error{
+			Outcome: sallyport.OutcomeUnavailable, Code: connect.ProblemUnintelligible,
+			Message: "gateway " + l.host + " answered something that this version does not read", Err: err,
+		}
+	}
+	return nil
 }
 
 func (l *link) request(ctx context.Context, method, path string, query url.Values, body io.Reader) (*http.Response, error) {
@@ -394,9 +283,8 @@ func (a *Agent) readEvents(ctx context.Context, l *link) {
 			return
 		}
 		a.cfg.Log.Debug("event stream ended", "gateway", l.gateway.URL, "error", err)
-		if !l.answers(ctx) && ctx.Err() == nil {
-			a.forsake(l)
-			return
+		if l.isLeft() {
+			return // it was left for a reason
 		}
 		select {
 		case <-ctx.Done():
@@ -449,9 +337,7 @@ func (a *Agent) take(l *link, e connect.Event) {
 			l.end(e)
 		}
 	case connect.EventDrain:
-		l.mu.Lock()
-		l.draining = true
-		l.mu.Unlock()
+		a.leave(l, errors.New("the gateway is going away"))
 	case connect.EventGateways:
 		a.newGateways(e.Gateways)
 	}

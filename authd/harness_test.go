@@ -217,7 +217,7 @@ func newWorld(t *testing.T, change func(*authd.Config)) *world {
 	change(&w.cfg)
 	w.server, err = authd.New(w.cfg, authd.Deps{
 		Domain: domain, Records: w.records, Audit: w.audit, Log: logger, SessionCAs: []*tlsid.CA{w.ca},
-		SealKey: bytes.Repeat([]byte{7}, 32), Now: w.clock.now,
+		KEK: keyring.NewKEK(), Now: w.clock.now,
 	})
 	if err != nil {
 		t.Fatal(err)

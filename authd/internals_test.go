@@ -1,7 +1,6 @@
 package authd
 
 import (
-	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -26,7 +25,7 @@ func testVault(t testing.TB, now func() time.Time) *vault {
 	if err != nil {
 		t.Fatal(err)
 	}
-	v, err := newVault(records, bytes.Repeat([]byte{1}, sealKeySize), now)
+	v, err := newVault(records, keyring.NewKEK(), now)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -84,37 +83,37 @@ func TestVaultWithAnotherKey(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	other, err := newVault(v.records, bytes.Repeat([]byte{2}, sealKeySize), time.Now)
+	other, err := newVault(v.records, keyring.NewKEK(), time.Now)
 	if err != nil {
 		t.Fatal(err)
 	}
 	var got string
-	if err := other.take(ctx, forCode, secret, &got); err == nil {
-		t.Error("another key opened it")
+	if err := other.take(ctx, forCode, secret, &got); sallyport.CodeOf(err) != "keys.wrong" {
+		t.Errorf("got %v; want keys.wrong", err)
 	}
-	if _, err := other.useNonce(v.nonce()); err == nil {
-		t.Error("another key took the nonce")
+	if _, err := other.nonce(ctx); sallyport.CodeOf(err) != "keys.wrong" {
+		t.Errorf("got %v; want keys.wrong", err)
 	}
-	if _, err := newVault(v.records, []byte("short"), time.Now); err == nil {
-		t.Error("a short key was taken")
+	if _, err := newVault(v.records, keyring.KEK{}, time.Now); err == nil {
+		t.Error("no key was taken for one")
 	}
 }
 
 func TestNonces(t *testing.T) {
 	now := time.Now()
 	v := testVault(t, func() time.Time { return now })
-	n := v.nonce()
-	if v.nonce() == n {
+	n := mustNonce(t, v)
+	if mustNonce(t, v) == n {
 		t.Error("two nonces are the same")
 	}
-	use, err := v.useNonce(n)
+	use, err := v.useNonce(t.Context(), n)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := v.records.Apply(context.Background(), []sallyport.Op{use}); err != nil {
 		t.Fatal(err)
 	}
-	use, err = v.useNonce(n)
+	use, err = v.useNonce(t.Context(), n)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -124,12 +123,12 @@ func TestNonces(t *testing.T) {
 	for name, bad := range map[string]string{
 		"empty": "", "cut": n[:len(n)-1], "upper case": strings.ToUpper(n), "longer": n + "a", "line break": n[:10] + "\n" + n[10:], "flipped": flip(n),
 	} {
-		if _, err := v.useNonce(bad); err == nil {
+		if _, err := v.useNonce(t.Context(), bad); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
 	}
 	now = now.Add(nonceLife + time.Millisecond)
-	if _, err := v.useNonce(n); err == nil {
+	if _, err := v.useNonce(t.Context(), n); err == nil {
 		t.Error("an old nonce was accepted")
 	}
 }
@@ -143,11 +142,11 @@ func flip(s string) string {
 
 func FuzzUseNonce(f *testing.F) {
 	v := testVault(f, time.Now)
-	good := v.nonce()
+	good := mustNonce(f, v)
 	f.Add(good)
 	f.Add(strings.Repeat("a", len(good)))
 	f.Fuzz(func(t *testing.T, nonce string) {
-		use, err := v.useNonce(nonce)
+		use, err := v.useNonce(t.Context(), nonce)
 		if err != nil {
 			return
 		}
@@ -156,7 +155,7 @@ func FuzzUseNonce(f *testing.F) {
 		if err != nil {
 			t.Fatalf("accepted %q: %v", nonce, err)
 		}
-		again, err := v.useNonce(lowerBase32.EncodeToString(raw))
+		again, err := v.useNonce(t.Context(), lowerBase32.EncodeToString(raw))
 		if err != nil || again.ID != use.ID {
 			t.Fatalf("%q is used up as %s, its other spelling as %s: %v", nonce, use.ID, again.ID, err)
 		}
@@ -234,4 +233,13 @@ func TestValidate(t *testing.T) {
 			t.Errorf("got %v; want one fault at %s", faults, tc.key)
 		}
 	}
+}
+
+func mustNonce(t testing.TB, v *vault) string {
+	t.Helper()
+	n, err := v.nonce(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
 }

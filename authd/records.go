@@ -200,10 +200,11 @@ func (s *Server) composeSession(ctx ctx, o opening, user sallyport.User) (compos
 		Claims: o.person.Claims, AuthMethods: l.AuthMethods, Address: o.address,
 	}
 	absent := sallyport.Condition{Absent: true}
-	batch := []sallyport.Op{putLogin(l, absent), putSession(session, absent)}
-	if o.person.RefreshToken != "" {
-		batch = append(batch, s.vault.token(l.ID, o.person.RefreshToken, l.Expires))
+	batch, err := s.withToken(ctx, o, &l)
+	if err != nil {
+		return composed{}, err
 	}
+	batch = append(batch, putLogin(l, absent), putSession(session, absent))
 	return composed{batch: batch, session: session, user: user}, nil
 }
 
@@ -224,11 +225,22 @@ func (s *Server) prolong(ctx ctx, o opening, user sallyport.User, now time.Time)
 	l.Authenticated, l.AuthMethods = now, o.person.AuthMethods
 	session.Expires, session.AuthMethods = s.sessionEnd(l, now), l.AuthMethods
 	session.Claims, session.Address = o.person.Claims, o.address
-	batch := []sallyport.Op{putLogin(l, live.loginAs), putSession(session, live.sessionAs)}
-	if o.person.RefreshToken != "" {
-		batch = append(batch, s.vault.token(l.ID, o.person.RefreshToken, l.Expires))
+	batch, err := s.withToken(ctx, o, &l)
+	if err != nil {
+		return composed{}, err
 	}
+	batch = append(batch, putLogin(l, live.loginAs), putSession(session, live.sessionAs))
 	return composed{batch: batch, session: session, user: user}, nil
+}
+
+// withToken begins a batch with the token that the identity provider gave for the
+// login, if it did.
+func (s *Server) withToken(ctx ctx, o opening, l *sallyport.Login) ([]sallyport.Op, error) {
+	if o.person.RefreshToken == "" {
+		return nil, nil
+	}
+	op, err := s.vault.token(ctx, l, o.person.RefreshToken)
+	return []sallyport.Op{op}, err
 }
 
 // sessionEnd is the login's end, or sooner with an idle limit.

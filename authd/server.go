@@ -34,6 +34,7 @@ import (
 
 	"sallyport"
 	"sallyport/authd/idp"
+	"sallyport/internal/keyring"
 	"sallyport/internal/logging"
 	"sallyport/internal/oidcrp"
 	"sallyport/internal/tlsid"
@@ -53,9 +54,10 @@ type Deps struct {
 	// MaxStale is how long gateways may go on without news of the records: so long a
 	// CA is published before it signs. 0: 30 s.
 	MaxStale time.Duration
-	// SealKey, 32 random bytes, seals what authd stores of other people's secrets.
-	SealKey []byte
-	Now     func() time.Time // nil: time.Now
+	// KEK wraps the keys that seal what authd stores of other people's secrets. All
+	// authds of a site have the same.
+	KEK keyring.KEK
+	Now func() time.Time // nil: time.Now
 }
 
 // Server is authd. It is safe for concurrent use.
@@ -93,7 +95,7 @@ func New(cfg Config, deps Deps) (*Server, error) {
 	if deps.Domain == "" || deps.Records == nil || deps.Audit == nil || len(deps.SessionCAs) == 0 {
 		return nil, errors.New("authd: domain, records, audit and session CA are required")
 	}
-	v, err := newVault(deps.Records, deps.SealKey, deps.Now)
+	v, err := newVault(deps.Records, deps.KEK, deps.Now)
 	if err != nil {
 		return nil, err
 	}
@@ -202,6 +204,9 @@ func (s *Server) Ready() error {
 	if idle := s.idle.Load(); idle != nil && *idle != nil {
 		return *idle
 	}
+	if s.vault.current.Load() == nil {
+		return errors.New("keys of stored secrets are not read yet")
+	}
 	if err := s.rp.Ready(); err != nil {
 		return fmt.Errorf("identity provider: %w", err)
 	}
@@ -216,7 +221,8 @@ const (
 )
 
 // Run publishes session CAs and retires them, brings the directory of the embedded
-// provider into the records, and keeps discovery fresh, until ctx ends.
+// provider into the records, keeps discovery fresh, and tends the keys of stored
+// secrets, until ctx ends. It fails if the key-encryption key is the wrong one.
 func (s *Server) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
@@ -226,6 +232,7 @@ func (s *Server) Run(ctx context.Context) error {
 		return s.keepTrust(ctx)
 	})
 	group.Go(func() error { return s.keepDiscovered(ctx) })
+	group.Go(func() error { return s.keepKeys(ctx) })
 	if err := group.Wait(); ctx.Err() == nil {
 		return err
 	}
@@ -304,6 +311,15 @@ func (s *Server) Reload(cfg Config) error {
 	ctx, cancel := context.WithTimeout(context.Background(), reloadTimeout)
 	defer cancel()
 	return s.syncDirectory(ctx)
+}
+
+// SetKEK takes over another key-encryption key, which must open what is stored; the
+// one before stays if it does not. If an older key of it wraps the ring, the ring is
+// wrapped anew soon.
+func (s *Server) SetKEK(kek keyring.KEK) error {
+	ctx, cancel := context.WithTimeout(context.Background(), reloadTimeout)
+	defer cancel()
+	return s.vault.setKEK(ctx, kek)
 }
 
 // origin is the public URL as browsers name it in Origin.

@@ -34,13 +34,17 @@ func sessionOver(err error) error {
 }
 
 func (s *Server) nonce(c *call) error {
-	s.writeJSON(c, login.Nonce{Nonce: s.vault.nonce()})
+	nonce, err := s.vault.nonce(c.ctx())
+	if err != nil {
+		return err
+	}
+	s.writeJSON(c, login.Nonce{Nonce: nonce})
 	return nil
 }
 
 // proven checks a proof by a device key and returns the key and the op that uses
 // the proof's nonce up. It consumes nothing by itself.
-func (s *Server) proven(jws, action string, session sallyport.SessionID, csr []byte) (proof.Key, sallyport.Op, error) {
+func (s *Server) proven(ctx ctx, jws, action string, session sallyport.SessionID, csr []byte) (proof.Key, sallyport.Op, error) {
 	var claims proof.Login
 	key, err := proof.Verify(jws, proof.TypeLogin, &claims)
 	if err != nil {
@@ -54,7 +58,7 @@ func (s *Server) proven(jws, action string, session sallyport.SessionID, csr []b
 	if claims.Audience != s.public || claims.Action != action || claims.Session != session || !bytes.Equal(claims.CSRHash, wantHash) {
 		return key, sallyport.Op{}, refusal("proof.invalid", "the device key's proof is for something else", nil)
 	}
-	use, err := s.vault.useNonce(claims.Nonce)
+	use, err := s.vault.useNonce(ctx, claims.Nonce)
 	if err != nil {
 		return key, sallyport.Op{}, errReplayed(err)
 	}
@@ -112,7 +116,7 @@ func (s *Server) redeem(c *call, req login.TokenRequest, held pendingCode, consu
 	if err := held.matches(req); err != nil {
 		return login.Grant{}, err
 	}
-	key, useNonce, err := s.proven(req.Proof, actionToken, "", req.CSR)
+	key, useNonce, err := s.proven(c.ctx(), req.Proof, actionToken, "", req.CSR)
 	if err != nil {
 		return login.Grant{}, err
 	}
@@ -237,7 +241,7 @@ func (s *Server) renew(c *call) error {
 		return err
 	}
 	c.session = req.Session
-	key, useNonce, err := s.proven(req.Proof, actionRenew, req.Session, req.CSR)
+	key, useNonce, err := s.proven(c.ctx(), req.Proof, actionRenew, req.Session, req.CSR)
 	if err != nil {
 		return err
 	}
@@ -292,7 +296,7 @@ func (s *Server) logout(c *call) error {
 		return err
 	}
 	c.session = req.Session
-	key, useNonce, err := s.proven(req.Proof, actionLogout, req.Session, nil)
+	key, useNonce, err := s.proven(c.ctx(), req.Proof, actionLogout, req.Session, nil)
 	if err != nil {
 		return err
 	}

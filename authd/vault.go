@@ -2,9 +2,6 @@ package authd
 
 import (
 	"context"
-	"crypto/cipher"
-	"crypto/hkdf"
-	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base32"
@@ -13,15 +10,12 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"time"
 
-	"golang.org/x/crypto/chacha20poly1305"
-
 	"sallyport"
+	"sallyport/internal/keyring"
 )
-
-// sealKeySize is the length of Deps.SealKey in bytes.
-const sealKeySize = 32
 
 // purpose keeps single-use secrets of different kinds apart: a state is never
 // taken for a code.
@@ -40,36 +34,20 @@ const (
 )
 
 // vault keeps single-use secrets and other people's tokens in the records. A
-// record's id is the hash of its secret and its payload is sealed, bound to kind
-// and id: a stolen database holds nothing that works, and records that are
-// swapped do not open.
+// record's id is the hash of its secret and its payload is sealed (keys.go): a
+// stolen database holds nothing that works, and records that are swapped do not
+// open.
 type vault struct {
-	records sallyport.Records
-	now     func() time.Time
-	aead    cipher.AEAD // XChaCha20-Poly1305
-	nonces  []byte      // HMAC key
+	vaultRing
+	// resealed is the ring's revision for which every token was looked at.
+	resealed atomic.Uint64
 }
 
-func newVault(records sallyport.Records, sealKey []byte, now func() time.Time) (*vault, error) {
-	if len(sealKey) != sealKeySize {
-		return nil, fmt.Errorf("authd: seal key has %d bytes; want %d", len(sealKey), sealKeySize)
+func newVault(records sallyport.Records, kek keyring.KEK, now func() time.Time) (*vault, error) {
+	if kek.IsZero() {
+		return nil, errors.New("authd: no key-encryption key")
 	}
-	derive := func(use string) ([]byte, error) {
-		return hkdf.Key(sha256.New, sealKey, nil, "sallyport authd "+use, 32)
-	}
-	sealing, err := derive("seal")
-	if err != nil {
-		return nil, err
-	}
-	nonces, err := derive("nonce")
-	if err != nil {
-		return nil, err
-	}
-	aead, err := chacha20poly1305.NewX(sealing)
-	if err != nil {
-		return nil, err
-	}
-	return &vault{records, now, aead, nonces}, nil
+	return &vault{vaultRing: vaultRing{records: records, now: now, kek: kek}}, nil
 }
 
 var lowerBase32 = base32.NewEncoding("abcdefghijklmnopqrstuvwxyz234567").WithPadding(base32.NoPadding)
@@ -85,19 +63,23 @@ type sealed struct {
 	Sealed []byte `json:"sealed"`
 }
 
-func (v *vault) seal(kind sallyport.Kind, id string, plain []byte) []byte {
-	nonce := make([]byte, v.aead.NonceSize(), v.aead.NonceSize()+len(plain)+v.aead.Overhead())
-	rand.Read(nonce)
-	return v.aead.Seal(nonce, nonce, plain, []byte(string(kind)+"/"+id))
+// open opens a sealed payload, looking once more at the ring if its key is new.
+func (v *vault) open(ctx context.Context, b binding, box []byte) ([]byte, error) {
+	keys, err := v.keys(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if id, ok := keyOfSealed(box); ok && keys.byID[id] == nil {
+		if keys, err = v.fresh(ctx, ringAsk); err != nil {
+			return nil, err
+		}
+	}
+	return keys.open(b, box)
 }
 
-func (v *vault) open(kind sallyport.Kind, id string, box []byte) ([]byte, error) {
-	if len(box) < v.aead.NonceSize() {
-		return nil, errors.New("sealed record is cut")
-	}
-	n := v.aead.NonceSize()
-	return v.aead.Open(nil, box[:n], box[n:], []byte(string(kind)+"/"+id))
-}
+// codeOf is what a code record is bound to. Its id is used once, so it needs no
+// version.
+func codeOf(id string) binding { return binding{kind: sallyport.KindCode, id: id} }
 
 // keep stores value under a fresh secret and returns the secret.
 func (v *vault) keep(ctx context.Context, p purpose, life time.Duration, value any) (string, error) {
@@ -111,8 +93,12 @@ func (v *vault) keepAs(ctx context.Context, p purpose, secret string, life time.
 	if err != nil {
 		return err
 	}
+	keys, err := v.keys(ctx)
+	if err != nil {
+		return err
+	}
 	id := recordID(p, secret)
-	op := sallyport.Put(sallyport.KindCode, id, sealed{v.seal(sallyport.KindCode, id, plain)})
+	op := sallyport.Put(sallyport.KindCode, id, sealed{keys.seal(codeOf(id), plain)})
 	op.Expires = v.now().Add(life)
 	op.If.Absent = true
 	_, err = v.records.Apply(ctx, []sallyport.Op{op})
@@ -132,7 +118,7 @@ func (v *vault) look(ctx context.Context, p purpose, secret string, value any) (
 	if err != nil {
 		return consume, err
 	}
-	plain, err := v.open(sallyport.KindCode, id, box.Sealed)
+	plain, err := v.open(ctx, codeOf(id), box.Sealed)
 	if err != nil {
 		return consume, fmt.Errorf("code %s: %w", id, err)
 	}
@@ -155,12 +141,16 @@ func (v *vault) take(ctx context.Context, p purpose, secret string, value any) e
 }
 
 // token returns the op that stores the identity provider's refresh token of a
-// login.
-func (v *vault) token(id sallyport.LoginID, token string, expires time.Time) sallyport.Op {
-	return sallyport.Op{
-		Kind: sallyport.KindIDPToken, ID: string(id), Expires: expires,
-		Payload: v.seal(sallyport.KindIDPToken, string(id), []byte(token)),
+// login, and notes in the login which one of them it is: the login's record, whose
+// code covers it, then vouches for no other.
+func (v *vault) token(ctx context.Context, l *sallyport.Login, token string) (sallyport.Op, error) {
+	keys, err := v.keys(ctx)
+	if err != nil {
+		return sallyport.Op{}, err
 	}
+	l.TokenVersion++
+	b := tokenOf(*l)
+	return sallyport.Op{Kind: b.kind, ID: b.id, Expires: l.Expires, Payload: keys.seal(b, []byte(token))}, nil
 }
 
 // A nonce is its time of making, 16 random bytes and a MAC over both: asking for
@@ -168,31 +158,29 @@ func (v *vault) token(id sallyport.LoginID, token string, expires time.Time) sal
 // becomes a record.
 const nonceRandom = 16
 
-func (v *vault) nonce() string {
+func (v *vault) nonce(ctx context.Context) (string, error) {
+	keys, err := v.keys(ctx)
+	if err != nil {
+		return "", err
+	}
 	body := binary.BigEndian.AppendUint64(nil, uint64(v.now().UnixMilli()))
 	body = append(body, make([]byte, nonceRandom)...)
 	rand.Read(body[8:])
-	return lowerBase32.EncodeToString(append(body, v.nonceMAC(body)...))
-}
-
-func (v *vault) nonceMAC(body []byte) []byte {
-	mac := hmac.New(sha256.New, v.nonces)
-	mac.Write(body)
-	return mac.Sum(nil)
+	return lowerBase32.EncodeToString(append(body, keys.active.nonceMAC(body)...)), nil
 }
 
 var errNonce = errors.New("nonce is not ours, used, or older than two minutes")
 
 // useNonce returns the op that uses a nonce up. It fails with ErrConflict if the
 // nonce was used before.
-func (v *vault) useNonce(nonce string) (sallyport.Op, error) {
+func (v *vault) useNonce(ctx context.Context, nonce string) (sallyport.Op, error) {
 	raw, err := lowerBase32.DecodeString(nonce)
 	if err != nil || len(raw) != 8+nonceRandom+sha256.Size || strings.ContainsAny(nonce, "\r\n") {
 		return sallyport.Op{}, errNonce
 	}
 	body, mac := raw[:8+nonceRandom], raw[8+nonceRandom:]
-	if !hmac.Equal(mac, v.nonceMAC(body)) {
-		return sallyport.Op{}, errNonce
+	if err := v.checkNonce(ctx, body, mac); err != nil {
+		return sallyport.Op{}, err
 	}
 	made := time.UnixMilli(int64(binary.BigEndian.Uint64(body)))
 	age := v.now().Sub(made)
@@ -203,4 +191,19 @@ func (v *vault) useNonce(nonce string) (sallyport.Op, error) {
 	op.Expires = made.Add(2 * nonceLife) // longer than it could be shown again
 	op.If.Absent = true
 	return op, nil
+}
+
+// checkNonce returns errNonce unless an authd made the nonce. Its key may be newer
+// than what we know.
+func (v *vault) checkNonce(ctx context.Context, body, mac []byte) error {
+	for _, age := range []time.Duration{ringFresh, ringAsk} {
+		keys, err := v.fresh(ctx, age)
+		if err != nil {
+			return err
+		}
+		if keys.made(body, mac) {
+			return nil
+		}
+	}
+	return errNonce
 }

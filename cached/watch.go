@@ -71,6 +71,12 @@ func (w *watch) start(ctx context.Context, q sallyport.WatchRequest) error {
 	if q.Since == 0 {
 		return w.snapshot(ctx)
 	}
+	if q.Since > w.server.feed.reached() && w.server.shared != nil {
+		// What another server told already is a moment away from here.
+		if err := w.server.catchUp(ctx); err != nil {
+			return fmt.Errorf("watch: %w", err)
+		}
+	}
 	if q.Epoch != w.server.epoch || q.Since > w.server.feed.reached() {
 		return fmt.Errorf("watch: %w", sallyport.ErrCompacted)
 	}

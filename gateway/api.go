@@ -38,14 +38,14 @@ func (s *Server) ServeAPI(w http.ResponseWriter, r *http.Request, c tunnel.Serve
 	}
 	method, serve := http.MethodGet, (func(http.ResponseWriter, *http.Request, tunnel.ServerConn))(nil)
 	switch r.URL.Path {
-	case connect.PathPing:
-		serve = func(w http.ResponseWriter, _ *http.Request, _ tunnel.ServerConn) { w.WriteHeader(http.StatusNoContent) }
 	case connect.PathMe:
 		serve = s.serveMe
 	case connect.PathTargets:
 		serve = s.serveTargets
 	case connect.PathWhy:
 		serve = s.serveWhy
+	case connect.PathPing:
+		serve = func(w http.ResponseWriter, _ *http.Request, _ tunnel.ServerConn) { w.WriteHeader(http.StatusNoContent) }
 	case connect.PathPosture:
 		method, serve = http.MethodPost, s.servePosture
 	case connect.PathEvents:

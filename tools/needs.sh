@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 needs=(
   cc:build-essential curl:curl ssh:openssh-client /usr/sbin/sshd:openssh-server psql:postgresql-client
   postgres:postgresql xdg-open:xdg-utils chromium:chromium certutil:libnss3-tools node:nodejs npm:npm
-  strace:strace
+  strace:strace swtpm:swtpm
 )
 
 have() {

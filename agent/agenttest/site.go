@@ -21,6 +21,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -44,6 +45,8 @@ type Site struct {
 	CertificateLife time.Duration
 	// NamesNoGateways is how an authd renews whose configuration is gone.
 	NamesNoGateways bool
+	// Gateways are what logins list before the site's own.
+	Gateways []sallyport.GatewayInfo
 
 	// AuthdURL and GatewayURL are known after Start.
 	AuthdURL   string
@@ -299,10 +302,6 @@ func refuse(w http.ResponseWriter, code string) {
 	connect.WriteProblem(w, connect.Problem{Status: http.StatusBadRequest, Code: code, Detail: "the login was refused"})
 }
 
-func (s *Site) gateways() []sallyport.GatewayInfo {
-	return []sallyport.GatewayInfo{{Name: "test", URL: s.GatewayURL, CA: string(s.CA())}}
-}
-
 func (s *Site) grant(w http.ResponseWriter, id sallyport.SessionID, csr []byte, gateways []sallyport.GatewayInfo) {
 	life := s.CertificateLife
 	if life == 0 {
@@ -318,6 +317,14 @@ func (s *Site) grant(w http.ResponseWriter, id sallyport.SessionID, csr []byte, 
 		Certificate: chain, RenewIn: life / 2, ExpiresIn: 12 * time.Hour,
 		Gateways: gateways,
 	})
+}
+
+func (s *Site) gateways() []sallyport.GatewayInfo {
+	list := append(slices.Clone(s.Gateways), sallyport.GatewayInfo{Name: "test", URL: s.GatewayURL})
+	for i := range list {
+		list[i].CA = string(s.CA())
+	}
+	return list
 }
 
 func (s *Site) certificate(id sallyport.SessionID, csr []byte, life time.Duration) (string, error) {

@@ -248,7 +248,7 @@ func TestCase_L12_ConnectionsKilled(t *testing.T) {
 // TestCase_L12_SerializationFailure: what PostgreSQL aborts is planned anew.
 func TestCase_L12_SerializationFailure(t *testing.T) {
 	db := cluster.Database(t)
-	s := open(t, config(t, cluster.URL(db)))
+	server := storetest.Serve(t, open(t, config(t, cluster.URL(db))))
 	cluster.Exec(t, db, `CREATE SEQUENCE sallyport.attempts`,
 		`CREATE FUNCTION sallyport.refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
 			CASE nextval('sallyport.attempts')
@@ -260,7 +260,6 @@ func TestCase_L12_SerializationFailure(t *testing.T) {
 			RETURN NEW;
 		END $$`,
 		`CREATE TRIGGER refuse BEFORE INSERT ON sallyport.record FOR EACH ROW EXECUTE FUNCTION sallyport.refuse()`)
-	server := storetest.Serve(t, s)
 	rev, err := server.Apply(t.Context(), []sallyport.Op{sallyport.Put(sallyport.KindRecord, "a", 1)})
 	if err != nil || rev != 1 {
 		t.Errorf("got %d, %v; want it written as revision 1", rev, err)

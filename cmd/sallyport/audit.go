@@ -130,7 +130,7 @@ func keptHeads(ctx context.Context, f *config.File) map[string][]audit.Head {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
 	for _, daemon := range config.Daemons {
-		r, err := client.Records().Get(ctx, sallyport.KindAuditHead, f.Instance(daemon))
+		r, err := client.Records().Get(ctx, sallyport.KindAuditHead, run.AuditHeadID(f, daemon))
 		if err != nil {
 			continue
 		}

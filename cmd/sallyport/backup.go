@@ -115,16 +115,17 @@ type backedUp struct {
 	Revision sallyport.Revision `json:"revision"`
 	Records  int                `json:"records"`
 	Bytes    int64              `json:"bytes"`
-	// RecordsKey is the id of the key that it takes to restore it; KeyFile is where
-	// that key lies on this machine, if it does.
+	// RecordsKey is the id of the key that it takes to restore it, KeySource where
+	// keys come from here, and KeyFile the file of this key, if it is here.
 	RecordsKey string `json:"records_key"`
+	KeySource  string `json:"records_key_source"`
 	KeyFile    string `json:"records_key_file,omitempty"`
 }
 
 func (b *backedUp) text() string {
-	where := "it is not on this machine; it must be where this is restored"
+	where := fmt.Sprintf("nobody has it here (source %s), but it must be where this is restored", b.KeySource)
 	if b.KeyFile != "" {
-		where = b.KeyFile + "; keep a copy of it apart from the backup"
+		where = fmt.Sprintf("%s (source %s); keep a copy of it apart from the backup", b.KeyFile, b.KeySource)
 	}
 	return fmt.Sprintf("backup      %s\nmade        %s\nrevision    %d (epoch %s)\nrecords     %d\nsize        %d bytes\nto restore  the records key %s is needed: %s\n",
 		b.File, b.Made.Format(time.RFC3339), b.Revision, b.Epoch, b.Records, b.Bytes, b.RecordsKey, where)
@@ -132,7 +133,8 @@ func (b *backedUp) text() string {
 
 // look reads a backup to its end and returns what is to be told of it.
 func look(r io.Reader, f *config.File, name string) (*backedUp, error) {
-	b := &backedUp{Schema: "sallyport.backup/v1", File: name}
+	layout := f.Layout()
+	b := &backedUp{Schema: "sallyport.backup/v1", File: name, KeySource: layout.KeySource()}
 	in := &counted{r: r}
 	var key keyring.ID
 	err := cached.ReadBackup(in, func(info cached.BackupInfo) error {
@@ -146,8 +148,8 @@ func look(r io.Reader, f *config.File, name string) (*backedUp, error) {
 		return nil
 	})
 	b.Bytes, b.RecordsKey = in.n, key.String()
-	if kek, err := f.Layout().KEK(config.RecordsKey); err == nil && slices.Contains(kek.IDs(), key) {
-		b.KeyFile = f.Layout().KEKFile(config.RecordsKey)
+	if kek, err := layout.KEK(config.RecordsKey); err == nil && slices.Contains(kek.IDs(), key) {
+		b.KeyFile = layout.KEKFile(config.RecordsKey)
 	}
 	return b, err
 }

@@ -17,17 +17,9 @@ import (
 	"sallyport/internal/browse"
 )
 
-// Deployment is what an agent needs to know of one.
-type Deployment interface {
-	// AuthdURL is where agents log in.
-	AuthdURL() string
-	// CAFile signs the public listeners.
-	CAFile() string
-}
-
 // Agent is one person at one machine: a state directory and the agent program.
 type Agent struct {
-	s       Deployment
+	s       *Stack
 	t       testing.TB
 	User    string
 	Posture string // the file with facts
@@ -41,11 +33,6 @@ const (
 
 // NewAgent makes a machine for the user, with an encrypted disk and no firewall.
 func (s *Stack) NewAgent(t testing.TB, user string) *Agent {
-	t.Helper()
-	return newAgent(t, s, user)
-}
-
-func newAgent(t testing.TB, s Deployment, user string) *Agent {
 	t.Helper()
 	dir := t.TempDir()
 	a := &Agent{s: s, t: t, User: user, Posture: filepath.Join(dir, "posture"), state: filepath.Join(dir, "state")}
@@ -144,16 +131,11 @@ func (a *Agent) StartLogin() (p *Process, address string) {
 // Browser is a new browser that trusts the deployment's CA.
 func (a *Agent) Browser() *browse.Browser {
 	a.t.Helper()
-	return browse.New(&tls.Config{RootCAs: roots(a.t, a.s), MinVersion: tls.VersionTLS13})
+	return browse.New(&tls.Config{RootCAs: a.s.Roots(a.t), MinVersion: tls.VersionTLS13})
 }
 
 // Roots is a pool with the CA of the public listeners.
 func (s *Stack) Roots(t testing.TB) *x509.CertPool {
-	t.Helper()
-	return roots(t, s)
-}
-
-func roots(t testing.TB, s Deployment) *x509.CertPool {
 	t.Helper()
 	ca, err := os.ReadFile(s.CAFile())
 	if err != nil {
@@ -208,8 +190,11 @@ func (tun *Tunnel) Dial(t testing.TB) *net.TCPConn {
 }
 
 // Echo sends a line and wants it back.
-func Echo(c net.Conn, line string) error {
-	if err := c.SetDeadline(time.Now().Add(15 * time.Second)); err != nil {
+func Echo(c net.Conn, line string) error { return EchoWithin(c, line, 15*time.Second) }
+
+// EchoWithin is Echo that waits no longer than limit.
+func EchoWithin(c net.Conn, line string, limit time.Duration) error {
+	if err := c.SetDeadline(time.Now().Add(limit)); err != nil {
 		return err
 	}
 	if _, err := io.WriteString(c, line+"\n"); err != nil {

@@ -9,7 +9,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/url"
-	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -40,7 +39,9 @@ type Config struct {
 	Routes []Route
 	// Policyd, Session, Gateway, Audit are merged into those sections.
 	Policyd, Session, Gateway, Audit map[string]any
-	ExplainGroups                    bool
+	// Cached is the section cached of a deployment Several, less listen.
+	Cached        map[string]any
+	ExplainGroups bool
 	// Links puts a Link before cached, policyd and authd, where they run apart.
 	Links    bool
 	LogLevel string // of the daemons; empty: debug
@@ -69,7 +70,9 @@ type Stack struct {
 	T    testing.TB
 	Mode Mode
 	Dir  string // configuration and data
-	File string // the configuration
+	File string // the configuration; in mode Several the operator's
+	// Balancer stands before the authds of mode Several.
+	Balancer *Balancer
 
 	mu    sync.Mutex // guards what follows
 	cfg   Config
@@ -128,7 +131,7 @@ func Start(t testing.TB, mode Mode, cfg Config) *Stack {
 // StartDaemon starts one daemon (Serve for all) and waits for its ready line.
 func (s *Stack) StartDaemon(name string) *Process {
 	s.T.Helper()
-	program, args := name, []string{"--config", s.File}
+	program, args := kindOf(name), []string{"--config", s.fileOf(name)}
 	if name == Serve {
 		program, args = "sallyport", append([]string{Serve}, args...)
 	}
@@ -142,17 +145,23 @@ func (s *Stack) StartDaemon(name string) *Process {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.procs[name], s.ready[name] = p, r
+	port := func(kind string) string { // the key of s.ports
+		if s.Mode == Several {
+			return name
+		}
+		return kind
+	}
 	if r.Gateway != nil {
-		s.ports["gateway"] = r.Gateway.TCP
+		s.ports[port("gateway")] = r.Gateway.TCP
 	}
 	if r.Authd != nil {
-		s.ports["authd"] = r.Authd.Listen
+		s.ports[port("authd")] = r.Authd.Listen
 	}
 	if r.Cached != nil {
-		s.ports["cached"] = r.Cached.Listen
+		s.ports[port("cached")] = r.Cached.Listen
 	}
 	if r.Policyd != nil {
-		s.ports["policyd"] = r.Policyd.Listen
+		s.ports[port("policyd")] = r.Policyd.Listen
 	}
 	return p
 }
@@ -197,8 +206,13 @@ func (s *Stack) WaitReady(name string) {
 	Eventually(s.T, 20*time.Second, func() error { return get("http://" + s.Ready(name).Admin + "/readyz") })
 }
 
-// AuthdURL is what agents log in at, GatewayURL where they connect to.
-func (s *Stack) AuthdURL() string { return s.Ready("authd").Authd.URL }
+// AuthdURL is what agents log in at.
+func (s *Stack) AuthdURL() string {
+	if s.Balancer != nil {
+		return s.Balancer.URL("auth.localhost")
+	}
+	return s.Ready("authd").Authd.URL
+}
 
 // GatewayURL is the tunnel host.
 func (s *Stack) GatewayURL() string { return s.Ready("gateway").Gateway.URL }
@@ -215,7 +229,7 @@ func (s *Stack) Change(edit func(*Config)) {
 	edit(&s.cfg)
 	s.mu.Unlock()
 	s.write()
-	if s.Mode == Apart {
+	if s.Mode != Together {
 		s.Operator("apply", "--config", s.File)
 	}
 }
@@ -271,6 +285,10 @@ func (s *Stack) Stop() {
 // write puts the configuration on disk in one step.
 func (s *Stack) write() {
 	s.T.Helper()
+	if s.Mode == Several {
+		s.writeSeveral()
+		return
+	}
 	s.mu.Lock()
 	doc := s.document()
 	s.mu.Unlock()
@@ -278,12 +296,7 @@ func (s *Stack) write() {
 	if err != nil {
 		s.T.Fatal(err)
 	}
-	if err := os.WriteFile(s.File+".new", text, 0o600); err != nil {
-		s.T.Fatal(err)
-	}
-	if err := os.Rename(s.File+".new", s.File); err != nil {
-		s.T.Fatal(err)
-	}
+	replaceFile(s.T, s.File, text)
 }
 
 func (s *Stack) document() map[string]any {

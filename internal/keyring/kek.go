@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 )
 
 // maxKEK bounds a KEK: the newest, and those that it replaces.
@@ -80,6 +81,23 @@ func plausible(key []byte) error {
 		return errors.New("repeats itself, which is no key: want random bytes")
 	}
 	return nil
+}
+
+// Pack is the KEK in the fewest bytes, for UnpackKEK. It is secret.
+func (k KEK) Pack() []byte {
+	var b []byte
+	for _, s := range k.keys {
+		b = append(b, s.key[:]...)
+	}
+	return b
+}
+
+// UnpackKEK reads what Pack made.
+func UnpackKEK(b []byte) (KEK, error) {
+	if len(b)%Size != 0 || len(b) > maxKEK*Size {
+		return KEK{}, fmt.Errorf("has %d bytes, which is no number of keys", len(b))
+	}
+	return kekOf(slices.Collect(slices.Chunk(b, Size))...)
 }
 
 // Text is what ParseKEK reads. It is secret.

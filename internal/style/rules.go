@@ -55,6 +55,7 @@ var owners = []Owner{
 	{"google.golang.org/protobuf", []string{"proto/control"}, true},
 	{"github.com/prometheus/client_golang", []string{"internal/telemetry"}, true},
 	{"github.com/go-jose/go-jose/v4", []string{"proto/proof", "internal/oidcrp", "authd/idp"}, true},
+	{"github.com/google/go-tpm", []string{"internal/tpmseal", "agent/keys"}, true},
 	{"github.com/zalando/go-keyring", []string{"agent/keys"}, true},
 	{"github.com/pkg/browser", []string{"agent/login"}, true},
 	{"github.com/hashicorp/go-hclog", []string{"internal/logging"}, false}, // logging.Logger is hclog's
@@ -72,6 +73,7 @@ var owners = []Owner{
 	{"golang.org/x/term", []string{"cmd", "agent"}, true},
 
 	{"golang.org/x/sync/errgroup", []string{"*"}, false},
+	{"golang.org/x/sync/singleflight", []string{"agent"}, false},
 	{"golang.org/x/sys/unix", []string{"*"}, false},
 	{"golang.org/x/sys/windows", []string{"*"}, false},
 	{"golang.org/x/time/rate", []string{"*"}, false},

@@ -24,10 +24,10 @@ const (
 
 // Paths on the tunnel host.
 const (
-	PathPing    = "/v1/ping"    // GET: 204 while the gateway is there; asks nobody
 	PathMe      = "/v1/me"      // GET: sallyport.Listing without targets
 	PathTargets = "/v1/targets" // GET [?all=1]: sallyport.Listing
 	PathWhy     = "/v1/why"     // GET ?target=: sallyport.Decision
+	PathPing    = "/v1/ping"    // GET: 204; that anything is answered is a sign of life
 	PathPosture = "/v1/posture" // POST: compact JWS of a sallyport.PostureReport; 204
 	PathEvents  = "/v1/events"  // GET: Event, one JSON object a line, until the carrier ends
 )

@@ -36,7 +36,7 @@ var access = map[string]map[string]rule{
 		pb.Revoker_Revoke_FullMethodName: always, // replay of direct revocations
 	},
 	KindAuthd: {
-		pb.Records_Get_FullMethodName:   always,
+		pb.Records_Get_FullMethodName:   authdReads,
 		pb.Records_Apply_FullMethodName: authdWrites,
 		pb.Records_Watch_FullMethodName: always,
 		pb.Records_Lease_FullMethodName: always,
@@ -46,26 +46,39 @@ var access = map[string]map[string]rule{
 
 // rule looks at a request that a method of the table was called with. Streams
 // are checked before their first message, so theirs can only be always.
-type rule func(request any) error
+type rule func(who caller, request any) error
 
-func always(any) error { return nil }
+func always(caller, any) error { return nil }
 
-func noSecrets(request any) error {
+func noSecrets(_ caller, request any) error {
 	if q, ok := request.(*pb.GetRequest); !ok || !sallyport.Kind(q.GetKind()).Streamed() {
 		return fmt.Errorf("records of kind %.40q are not for policyd", q.GetKind())
 	}
 	return nil
 }
 
+// authdReads lets authd read everything but other daemons' keys, wrapped as they are.
+func authdReads(_ caller, request any) error {
+	q, ok := request.(*pb.GetRequest)
+	if !ok || sallyport.Kind(q.GetKind()) == sallyport.KindKeyring && q.GetId() != KindAuthd {
+		return fmt.Errorf("keys of other daemons are not for authd")
+	}
+	return nil
+}
+
 // authdWrites lets authd keep everything about people and what it gave them.
 // The configuration, that is the policy, is the operator's.
-func authdWrites(request any) error {
+func authdWrites(who caller, request any) error {
 	return eachOp(request, func(op *pb.Op) error {
 		switch kind := sallyport.Kind(op.GetKind()); kind {
 		case sallyport.KindConfig, sallyport.KindConfigHistory, sallyport.KindRecord:
 			return fmt.Errorf("records of kind %s are the operator's", kind)
 		case sallyport.KindAuditHead:
-			return ownHead(KindAuthd, op)
+			return ownHead(who, op)
+		case sallyport.KindKeyring:
+			if op.GetId() != KindAuthd || op.GetDelete() {
+				return fmt.Errorf("authd may only replace its own keys")
+			}
 		}
 		return nil
 	})
@@ -73,26 +86,35 @@ func authdWrites(request any) error {
 
 // policydWrites lets policyd store what agents report. What was revoked at it, it
 // has cached revoke.
-func policydWrites(request any) error {
+func policydWrites(who caller, request any) error {
 	return eachOp(request, func(op *pb.Op) error {
 		switch kind := sallyport.Kind(op.GetKind()); kind {
 		case sallyport.KindPosture:
 			return nil
 		case sallyport.KindAuditHead:
-			return ownHead(KindPolicyd, op)
+			return ownHead(who, op)
 		default:
 			return fmt.Errorf("policyd may not write records of kind %.40q", kind)
 		}
 	})
 }
 
-// ownHead lets a daemon vouch for its own audit chain, or that of another of its
-// kind ("policyd/eu1"), and for no other.
-func ownHead(daemon string, op *pb.Op) error {
-	if kind, _, _ := strings.Cut(op.GetId(), "/"); kind != daemon || op.GetDelete() {
-		return fmt.Errorf("%s may only replace its own audit head", daemon)
+// ownHead lets a daemon vouch for its own audit chain and for no other.
+func ownHead(who caller, op *pb.Op) error {
+	if op.GetId() != AuditHeadID(who.kind, who.name) || op.GetDelete() {
+		return fmt.Errorf("%s may only replace its own audit head", who)
 	}
 	return nil
+}
+
+// AuditHeadID is the id of the record with the audit head of a service, by the kind
+// and the name in its certificate: the kind for the first of a kind, which is
+// called like it, and policyd/NAME for one of several.
+func AuditHeadID(kind, name string) string {
+	if name == kind {
+		return kind
+	}
+	return kind + "/" + name
 }
 
 func eachOp(request any, check func(*pb.Op) error) error {
@@ -137,7 +159,7 @@ func (c caller) check(method string, request any) error {
 	if !ok {
 		return forbidden(c.String(), shortMethod(method))
 	}
-	if err := allowed(request); err != nil {
+	if err := allowed(c, request); err != nil {
 		e := forbidden(c.String(), shortMethod(method)).(*sallyport.Error)
 		e.Message += " with this: " + err.Error()
 		return e

@@ -12,7 +12,7 @@ import (
 
 // allMethods are those of the generated services.
 func allMethods() (methods []string) {
-	for _, d := range []grpc.ServiceDesc{pb.Records_ServiceDesc, pb.Policy_ServiceDesc, pb.Revoker_ServiceDesc, pb.Backuper_ServiceDesc} {
+	for _, d := range []grpc.ServiceDesc{pb.Records_ServiceDesc, pb.Policy_ServiceDesc, pb.Revoker_ServiceDesc, pb.Backuper_ServiceDesc, pb.Keys_ServiceDesc} {
 		for _, m := range d.Methods {
 			methods = append(methods, "/"+d.ServiceName+"/"+m.MethodName)
 		}
@@ -40,7 +40,7 @@ func TestAccess(t *testing.T) {
 		"Records/Apply": &pb.ApplyRequest{},
 	}
 	methods := allMethods()
-	if len(methods) != 12 {
+	if len(methods) != 15 {
 		t.Errorf("%d methods; who may call the new one?", len(methods))
 	}
 	for kind, allowed := range may {
@@ -111,9 +111,15 @@ func TestAccessLooksAtRequests(t *testing.T) {
 		{KindOperator, pb.Records_Apply_FullMethodName, apply(sallyport.KindConfig, false), true},
 	}
 	for _, tt := range tests {
-		err := caller{kind: tt.kind}.check(tt.method, tt.request)
+		err := caller{kind: tt.kind, name: tt.kind}.check(tt.method, tt.request)
 		if (err == nil) != tt.ok {
 			t.Errorf("%s: %s %v: got %v; want ok %t", tt.kind, shortMethod(tt.method), tt.request, err, tt.ok)
+		}
+	}
+	second := caller{kind: KindPolicyd, name: "policyd-2"}
+	for id, ok := range map[string]bool{"policyd/policyd-2": true, "policyd": false, "policyd-2": false, "policyd/policyd-3": false} {
+		if err := second.check(pb.Records_Apply_FullMethodName, head(id, false)); (err == nil) != ok {
+			t.Errorf("%s writes the head %s: got %v; want ok %t", second, id, err, ok)
 		}
 	}
 }

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -17,18 +16,19 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/resolver/manual"
 	"google.golang.org/grpc/status"
 
-	"sallyport"
 	"sallyport/internal/logging"
-	"sallyport/proto/control/internal/pb"
 )
 
-// Client is a connection to one service at one or more addresses. It connects
-// when it is first used, and again whenever it has to. Records and Policy give
-// the interfaces of what the service offers. Safe for concurrent use.
+// Client calls one service, which may run at several addresses. It stays with one
+// of them as long as that one answers, and goes on to the next when it is gone,
+// silent, or says that it cannot serve (failover.go). It connects when it is first
+// used. Records and Policy give the interfaces of what the service offers. Safe for
+// concurrent use.
 type Client struct {
 	name      string // of the service, for people
 	authority string
@@ -38,10 +38,9 @@ type Client struct {
 
 	gather gatherer // of questions to policyd
 
-	mu     sync.Mutex // guards what follows
-	conn   *grpc.ClientConn
-	dialed string    // the address that was tried last: the one in use, if any is
-	left   time.Time // when an address was last given up
+	mu     sync.Mutex         // guards what follows
+	conns  []*grpc.ClientConn // by address; nil: not connected yet
+	at     int                // the address in use
 	closed bool
 }
 
@@ -51,10 +50,6 @@ const (
 	connectTimeout = 1500 * time.Millisecond
 	firstBackoff   = 50 * time.Millisecond
 	maxBackoff     = 400 * time.Millisecond
-
-	// leaveEvery is how often a client changes to another address for what a
-	// service says of itself: all of them may be unwell.
-	leaveEvery = 500 * time.Millisecond
 )
 
 // Dial makes a client of the service at addrs: host:port, which needs a TLS
@@ -81,6 +76,7 @@ func Dial(addrs []string, tlsConf *tls.Config, log logging.Logger) (*Client, err
 		}
 		c.addrs = append(c.addrs, resolver.Address{Addr: addr})
 	}
+	c.conns = make([]*grpc.ClientConn, len(c.addrs))
 	c.gather.ask = c.Policy().ask
 	return c, nil
 }
@@ -95,12 +91,14 @@ func (c *Client) close() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.closed = true
-	if c.conn == nil {
-		return nil
+	var errs []error
+	for i, conn := range c.conns {
+		if conn != nil {
+			errs = append(errs, conn.Close())
+			c.conns[i] = nil
+		}
 	}
-	conn := c.conn
-	c.conn = nil
-	return conn.Close()
+	return errors.Join(errs...)
 }
 
 var errClosed = errors.New("the client is closed")
@@ -112,66 +110,24 @@ func (c *Client) current() (*grpc.ClientConn, error) {
 	if c.closed {
 		return nil, unavailable(c.name, errClosed)
 	}
-	if c.conn == nil {
-		conn, err := c.connect()
+	if c.conns[c.at] == nil {
+		conn, err := c.connect(c.addrs[c.at])
 		if err != nil {
 			return nil, unavailable(c.name, err)
 		}
-		c.conn = conn
+		c.conns[c.at] = conn
 	}
-	return c.conn, nil
+	return c.conns[c.at], nil
 }
 
-// replace drops a connection whose other end has fallen silent; the next call
-// makes a new one, to another address if there is one. What still waits on the old
-// one fails.
-func (c *Client) replace(silent *grpc.ClientConn) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.conn != silent {
-		return // somebody else was faster
-	}
-	c.drop()
-	c.log.Warn("service has fallen silent, connecting anew", "service", c.name)
-}
-
-// leave changes to another address, if there is one: the service at this one says
-// that it cannot answer. It reports whether another one is worth a try.
-func (c *Client) leave(unwell *grpc.ClientConn) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.conn != unwell {
-		return true // somebody else was faster
-	}
-	if len(c.addrs) < 2 || time.Since(c.left) < leaveEvery {
-		return false
-	}
-	c.drop()
-	c.log.Warn("service cannot answer, trying another address", "service", c.name)
-	return true
-}
-
-// drop closes the connection and puts its address behind the others. The caller
-// holds mu.
-func (c *Client) drop() {
-	i := slices.IndexFunc(c.addrs, func(a resolver.Address) bool { return a.Addr == c.dialed })
-	if i >= 0 {
-		c.addrs = append(slices.Delete(slices.Clone(c.addrs), i, i+1), c.addrs[i])
-	}
-	c.left = time.Now()
-	conn := c.conn
-	c.conn = nil
-	conn.Close()
-}
-
-func (c *Client) connect() (*grpc.ClientConn, error) {
+func (c *Client) connect(to resolver.Address) (*grpc.ClientConn, error) {
 	addresses := manual.NewBuilderWithScheme("sallyport")
-	addresses.InitialState(resolver.State{Addresses: c.addrs})
+	addresses.InitialState(resolver.State{Addresses: []resolver.Address{to}})
 	return grpc.NewClient("sallyport:///"+c.name,
 		grpc.WithTransportCredentials(c.creds),
 		grpc.WithAuthority(c.authority),
 		grpc.WithResolvers(addresses),
-		grpc.WithContextDialer(c.dialContext),
+		grpc.WithContextDialer(dialContext),
 		grpc.WithNoProxy(),
 		grpc.WithDisableServiceConfig(),
 		grpc.WithIdleTimeout(0),
@@ -188,10 +144,7 @@ func (c *Client) connect() (*grpc.ClientConn, error) {
 	)
 }
 
-func (c *Client) dialContext(ctx context.Context, addr string) (net.Conn, error) {
-	c.mu.Lock()
-	c.dialed = addr
-	c.mu.Unlock()
+func dialContext(ctx context.Context, addr string) (net.Conn, error) {
 	var d net.Dialer
 	if path, ok := strings.CutPrefix(addr, "unix:"); ok {
 		return d.DialContext(ctx, "unix", path)
@@ -200,8 +153,7 @@ func (c *Client) dialContext(ctx context.Context, addr string) (net.Conn, error)
 }
 
 // unaryConn is what the generated clients call through: the connection in use,
-// deadlines for who has none, errors that are ours, and a second try where the
-// first cannot have done anything.
+// deadlines for who has none, and errors that are ours.
 type unaryConn struct{ *Client }
 
 func (c unaryConn) Invoke(ctx context.Context, method string, request, response any, opts ...grpc.CallOption) error {
@@ -210,65 +162,14 @@ func (c unaryConn) Invoke(ctx context.Context, method string, request, response 
 		ctx, cancel = context.WithTimeout(ctx, CallTimeout)
 		defer cancel()
 	}
-	again, err := c.invoke(ctx, method, request, response, opts...)
-	if again && ctx.Err() == nil {
-		_, err = c.invoke(ctx, method, request, response, opts...)
-	}
-	return err
-}
-
-// invoke calls once. again says that another address may answer, and that it may
-// be asked.
-func (c unaryConn) invoke(ctx context.Context, method string, request, response any, opts ...grpc.CallOption) (again bool, err error) {
-	conn, err := c.current()
-	if err != nil {
-		return false, err
-	}
-	attempt := ctx
-	if asks[method] && c.several() {
-		var cancel context.CancelFunc
-		attempt, cancel = context.WithTimeout(ctx, Silence)
-		defer cancel()
-	}
-	if err = conn.Invoke(attempt, method, request, response, opts...); err == nil {
-		return false, nil
-	}
-	err = c.failed(ctx, err)
-	switch code := sallyport.CodeOf(err); {
-	case code == CodeTimeout:
-		return c.leave(conn) && asks[method], err // frozen, perhaps
-	case unwell[code]:
-		return c.leave(conn) && (asks[method] || code != codeStoreFailed), err
-	case code == CodeUnavailable:
-		return asks[method], err // gRPC connects to the next address by itself
-	}
-	return false, err
-}
-
-// several reports whether there is another address to go to.
-func (c *Client) several() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return len(c.addrs) > 1
-}
-
-// codeStoreFailed is said when a write failed: it may be there all the same.
-const codeStoreFailed = "storage.failed"
-
-// unwell are the codes by which a cached says that it cannot answer now, though
-// another one may. All but codeStoreFailed mean that nothing was written.
-var unwell = map[string]bool{
-	codeStoreFailed: true, "storage.unavailable": true, "storage.not_current": true,
-	"storage.closed": true, "storage.replaced": true, "storage.rolled_back": true,
-}
-
-// asks are the methods that change nothing, or nothing more the second time.
-var asks = map[string]bool{
-	pb.Records_Get_FullMethodName:      true,
-	pb.Revoker_Revoke_FullMethodName:   true,
-	pb.Policy_Authorize_FullMethodName: true,
-	pb.Policy_Explain_FullMethodName:   true,
-	pb.Policy_List_FullMethodName:      true,
+	return c.wherever(ctx, func(ctx context.Context, conn *grpc.ClientConn) (sent bool, err error) {
+		var to peer.Peer // known once the request is on its way
+		err = conn.Invoke(ctx, method, request, response, append(opts, grpc.Peer(&to))...)
+		if err != nil {
+			err = c.failed(ctx, err)
+		}
+		return to.Addr != nil, err
+	}, repeatable[method])
 }
 
 // NewStream is for completeness: streams of this package go through receive and

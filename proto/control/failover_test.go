@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -11,122 +12,185 @@ import (
 	"sallyport/proto/control"
 )
 
-// unwell is a cached that says of itself that it cannot answer.
-type unwell struct {
+// failing is a site whose records answer with one error as long as it has one, and
+// that counts who asked.
+type failing struct {
 	*site
-	code  string
-	asked atomic.Int64
+	err   atomic.Pointer[sallyport.Error]
+	asked atomic.Int32
 }
 
-func (u *unwell) err() error {
-	u.asked.Add(1)
-	return &sallyport.Error{Outcome: sallyport.OutcomeUnavailable, Code: u.code, Message: "cannot"}
+func (f *failing) fails(code string) {
+	f.err.Store(&sallyport.Error{Outcome: sallyport.OutcomeUnavailable, Code: code, Message: "for the test"})
 }
 
-func (u *unwell) Get(context.Context, sallyport.Kind, string) (sallyport.Record, error) {
-	return sallyport.Record{}, u.err()
+func (f *failing) answer() error {
+	f.asked.Add(1)
+	if err := f.err.Load(); err != nil {
+		return err
+	}
+	return nil
 }
 
-func (u *unwell) Apply(context.Context, []sallyport.Op) (sallyport.Revision, error) {
-	return 0, u.err()
+func (f *failing) Get(ctx context.Context, kind sallyport.Kind, id string) (sallyport.Record, error) {
+	if err := f.answer(); err != nil {
+		return sallyport.Record{}, err
+	}
+	return f.site.Get(ctx, kind, id)
 }
 
-func (u *unwell) Watch(context.Context, sallyport.WatchRequest, func(sallyport.WatchEvent) error) error {
-	return u.err()
+func (f *failing) Apply(ctx context.Context, batch []sallyport.Op) (sallyport.Revision, error) {
+	if err := f.answer(); err != nil {
+		return 0, err
+	}
+	return f.site.Apply(ctx, batch)
 }
 
-// TestAnUnwellServiceIsLeft: what one cached says it cannot do another is asked to
-// do, at once where nothing can have happened, with the next call where something
-// may have.
-func TestAnUnwellServiceIsLeft(t *testing.T) {
-	put := []sallyport.Op{{Kind: sallyport.KindUser, ID: "u", Payload: []byte("{}")}}
-	for _, c := range []struct {
-		code  string
-		apply bool // is done at once
+// pair is one service at two addresses over one set of records, as two cached over
+// one PostgreSQL are.
+func pair(t *testing.T) (first, second *failing, svc services) {
+	t.Helper()
+	p, s := newPKI(t), newSite()
+	first, second = &failing{site: s}, &failing{site: s}
+	var addrs []string
+	for _, f := range []*failing{first, second} {
+		ln := listen(t, "127.0.0.1:0")
+		offered := all(s)
+		offered.Records = f
+		serve(t, ln, p.server(control.KindCached), offered)
+		addrs = append(addrs, ln.Addr().String())
+	}
+	return first, second, remote(dial(t, p.client(control.KindOperator, control.KindCached), addrs...))
+}
+
+// TestServiceThatCannotServeIsLeft: what is asked again elsewhere, and what is not
+// because it may have happened.
+func TestServiceThatCannotServeIsLeft(t *testing.T) {
+	put := func(ctx context.Context, svc services) error {
+		_, err := svc.Apply(ctx, []sallyport.Op{{Kind: sallyport.KindUser, ID: "u"}})
+		return err
+	}
+	get := func(ctx context.Context, svc services) error {
+		_, err := svc.Get(ctx, sallyport.KindUser, "absent")
+		if errors.Is(err, sallyport.ErrNotFound) {
+			return nil
+		}
+		return err
+	}
+	for _, tt := range []struct {
+		name, code string
+		call       func(context.Context, services) error
+		elsewhere  bool // asked there in the same call
+		left       bool // the next call goes there
 	}{
-		{"storage.not_current", true},
-		{"storage.unavailable", true},
-		{"storage.closed", true},
-		{"storage.failed", false},
+		{"a read where the store is away", "storage.unavailable", get, true, true},
+		{"a read where the store is broken", "storage.failed", get, true, true},
+		{"a read where the store was replaced", "storage.replaced", get, true, true},
+		{"a write that did not begin", "storage.not_current", put, true, true},
+		{"a write that found no room", "storage.busy", put, true, true},
+		{"a write that may be half done", "storage.failed", put, false, true},
+		{"a write that may have happened", "storage.unknown", put, false, false},
+		{"a write that nobody would take", "storage.full", put, false, false},
 	} {
-		t.Run(c.code, func(t *testing.T) {
+		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			for _, call := range []struct {
-				name   string
-				atOnce bool
-				do     func(context.Context, *control.Records) error
-			}{
-				{"get", true, func(ctx context.Context, r *control.Records) error {
-					_, err := r.Get(ctx, sallyport.KindUser, "nobody")
-					if errors.Is(err, sallyport.ErrNotFound) {
-						return nil
-					}
-					return err
-				}},
-				{"apply", c.apply, func(ctx context.Context, r *control.Records) error {
-					_, err := r.Apply(ctx, put)
-					return err
-				}},
-				{"watch", false, func(ctx context.Context, r *control.Records) error {
-					enough := errors.New("enough")
-					err := r.Watch(ctx, sallyport.WatchRequest{}, func(sallyport.WatchEvent) error { return enough })
-					if errors.Is(err, enough) {
-						return nil
-					}
-					return err
-				}},
-			} {
-				p, bad := newPKI(t), &unwell{site: newSite(), code: c.code}
-				first, second := listen(t, "127.0.0.1:0"), listen(t, "127.0.0.1:0")
-				serve(t, first, p.server(control.KindCached), control.Services{Records: bad})
-				serve(t, second, p.server(control.KindCached), all(newSite()))
-				records := dial(t, p.client(control.KindAuthd, control.KindCached), first.Addr().String(), second.Addr().String()).Records()
-				if err := call.do(t.Context(), records); (err == nil) != call.atOnce {
-					t.Errorf("%s: got %v; want it done at once: %t", call.name, err, call.atOnce)
-				}
-				if err := call.do(t.Context(), records); err != nil {
-					t.Errorf("%s: the next one: %v", call.name, err)
-				}
-				if n := bad.asked.Load(); n != 1 {
-					t.Errorf("%s: the unwell one was asked %d times; want once", call.name, n)
-				}
+			first, second, svc := pair(t)
+			first.fails(tt.code)
+			err := tt.call(t.Context(), svc)
+			if (err == nil) != tt.elsewhere || err != nil && sallyport.CodeOf(err) != tt.code {
+				t.Errorf("got %v; want an answer from elsewhere: %t", err, tt.elsewhere)
+			}
+			if got := second.asked.Load() > 0; got != tt.elsewhere {
+				t.Errorf("asked elsewhere: %t; want %t", got, tt.elsewhere)
+			}
+			before := first.asked.Load()
+			if err := tt.call(t.Context(), svc); (err == nil) != tt.left {
+				t.Errorf("the next call: %v; want success: %t", err, tt.left)
+			}
+			if got := first.asked.Load() == before; got != tt.left {
+				t.Errorf("the next call went elsewhere: %t; want %t", got, tt.left)
 			}
 		})
 	}
 }
 
-// TestTheOnlyServiceIsKept: there is nowhere to go.
-func TestTheOnlyServiceIsKept(t *testing.T) {
-	p, bad := newPKI(t), &unwell{site: newSite(), code: "storage.not_current"}
-	ln := listen(t, "127.0.0.1:0")
-	serve(t, ln, p.server(control.KindCached), control.Services{Records: bad})
-	records := dial(t, p.client(control.KindAuthd, control.KindCached), ln.Addr().String()).Records()
-	if _, err := records.Get(t.Context(), sallyport.KindUser, "u"); sallyport.CodeOf(err) != bad.code || bad.asked.Load() != 1 {
-		t.Errorf("got %v after %d questions; want its own word after one", err, bad.asked.Load())
+// TestBothCannotServe: each is asked once, and the error is theirs.
+func TestBothCannotServe(t *testing.T) {
+	first, second, svc := pair(t)
+	first.fails("storage.unavailable")
+	second.fails("storage.unavailable")
+	if _, err := svc.Get(t.Context(), sallyport.KindUser, "u"); sallyport.CodeOf(err) != "storage.unavailable" {
+		t.Errorf("got %v; want storage.unavailable", err)
+	}
+	if a, b := first.asked.Load(), second.asked.Load(); a != 1 || b != 1 {
+		t.Errorf("asked %d and %d times; want once each", a, b)
 	}
 }
 
-// TestAFrozenServiceIsLeft: a question that changes nothing is answered by another
-// within Silence and a moment, although nobody holds a stream to the frozen one.
-func TestAFrozenServiceIsLeft(t *testing.T) {
-	p := newPKI(t)
-	frozen := start(t, p, control.KindCached)
-	addr := frozen.line(t)
-	second := listen(t, "127.0.0.1:0")
-	serve(t, second, p.server(control.KindCached), all(newSite()))
-	records := dial(t, p.client(control.KindAuthd, control.KindCached), addr, second.Addr().String()).Records()
-	get := func() {
-		t.Helper()
-		if _, err := records.Get(t.Context(), sallyport.KindUser, "nobody"); !errors.Is(err, sallyport.ErrNotFound) {
-			t.Errorf("got %v; want ErrNotFound", err)
-		}
-	}
-	get()
-	frozen.freeze(t)
-	begun := time.Now()
-	get()
-	within(t, control.Silence+2*time.Second, "an answer of the other", begun)
-	begun = time.Now()
-	get()
-	within(t, time.Second, "the next answer", begun)
+// TestNobodyAtAnAddress: a write whose request never left goes to the next address.
+func TestNobodyAtAnAddress(t *testing.T) {
+	p, s := newPKI(t), newSite()
+	gone := listen(t, "127.0.0.1:0")
+	gone.Close()
+	ln := listen(t, "127.0.0.1:0")
+	serve(t, ln, p.server(control.KindCached), all(s))
+	svc := remote(dial(t, p.client(control.KindOperator, control.KindCached), gone.Addr().String(), ln.Addr().String()))
+	began := time.Now()
+	must(t, svc, sallyport.Op{Kind: sallyport.KindUser, ID: "u"})
+	within(t, time.Second, "the write", began)
 }
+
+// TestKilledServiceIsLeft: calls and streams are at the other address within a
+// second, and the list that broke off is whole.
+func TestKilledServiceIsLeft(t *testing.T) {
+	t.Parallel()
+	p := newPKI(t)
+	killed, alive := start(t, p, "policyd"), start(t, p, "policyd")
+	svc := remote(dial(t, p.client("operator", "policyd"), killed.line(t), alive.line(t)))
+	events, ended := follow(t.Context(), svc, sallyport.WatchRequest{})
+	next(t, events)
+	began := time.Now()
+	killed.signal(t, syscall.SIGKILL)
+	if err := next(t, ended); sallyport.CodeOf(err) != control.CodeUnavailable {
+		t.Errorf("stream: got %v; want %s", err, control.CodeUnavailable)
+	}
+	events, _ = follow(t.Context(), svc, sallyport.WatchRequest{})
+	next(t, events)
+	if _, err := svc.authorize.Authorize(t.Context(), []sallyport.Request{question("a", 22)}); err != nil {
+		t.Errorf("question: %v", err)
+	}
+	must(t, svc, sallyport.Op{Kind: sallyport.KindUser, ID: "u"})
+	if _, err := svc.lister.List(t.Context(), sallyport.KindUser); err != nil {
+		t.Errorf("list: %v", err)
+	}
+	within(t, time.Second, "the other address", began)
+}
+
+// TestFrozenServiceCostsHalfTheTime: a question to one that stands still is answered
+// by the other within its deadline, and the next one at once.
+func TestFrozenServiceCostsHalfTheTime(t *testing.T) {
+	t.Parallel()
+	p := newPKI(t)
+	frozen, alive := start(t, p, "policyd"), start(t, p, "policyd")
+	svc := remote(dial(t, p.client("operator", "policyd"), frozen.line(t), alive.line(t)))
+	ask := func(timeout time.Duration) error {
+		ctx, cancel := context.WithTimeout(t.Context(), timeout)
+		defer cancel()
+		_, err := svc.authorize.Authorize(ctx, []sallyport.Request{question("a", 22)})
+		return err
+	}
+	if err := ask(5 * time.Second); err != nil {
+		t.Fatal(err)
+	}
+	frozen.freeze(t)
+	if err := ask(2 * time.Second); err != nil {
+		t.Errorf("the first question: %v", err)
+	}
+	began := time.Now()
+	if err := ask(2 * time.Second); err != nil {
+		t.Errorf("the next question: %v", err)
+	}
+	within(t, slowQuestion, "the next question", began)
+}
+
+const slowQuestion = 500 * time.Millisecond

@@ -12,13 +12,14 @@ import (
 )
 
 // Records is cached at the other end of a client. It implements
-// sallyport.Records, Lister, Revoker and Backuper. An Apply or Revoke that fails with
-// CodeTimeout or CodeUnavailable may have happened.
+// sallyport.Records, Lister, Revoker, Backuper and KeyKeeper. An Apply or Revoke
+// that fails with CodeTimeout or CodeUnavailable may have happened.
 type Records struct {
 	client *Client
 	rpc    pb.RecordsClient
 	revoker
 	backuper
+	keyKeeper
 }
 
 var (
@@ -31,7 +32,8 @@ var (
 // Records returns the client's view of cached.
 func (c *Client) Records() *Records {
 	return &Records{
-		client: c, rpc: pb.NewRecordsClient(unaryConn{c}), revoker: revoker{pb.NewRevokerClient(unaryConn{c})}, backuper: backuper{c},
+		client: c, rpc: pb.NewRecordsClient(unaryConn{c}), revoker: revoker{pb.NewRevokerClient(unaryConn{c})},
+		backuper: backuper{c}, keyKeeper: keyKeeper{pb.NewKeysClient(unaryConn{c})},
 	}
 }
 
@@ -107,10 +109,17 @@ func (r *Records) List(ctx context.Context, kind sallyport.Kind) ([]sallyport.Re
 		return pb.NewRecordsClient(conn).List(ctx, &pb.ListRecordsRequest{Kind: string(kind)})
 	}
 	var all []sallyport.Record
-	err := receive(ctx, r.client, open, func(m *pb.ListRecordsPart) error {
-		all = append(all, each(m.GetRecords(), recordFromWire)...)
-		return nil
-	})
+	var err error
+	for range r.client.addrs { // once at each
+		all = nil
+		err = receive(ctx, r.client, open, func(m *pb.ListRecordsPart) error {
+			all = append(all, each(m.GetRecords(), recordFromWire)...)
+			return nil
+		})
+		if _, place := placeCodes[sallyport.CodeOf(err)]; !place || ctx.Err() != nil {
+			break
+		}
+	}
 	if err != nil {
 		return nil, err
 	}

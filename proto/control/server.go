@@ -21,6 +21,7 @@ type Services struct {
 	Lister     sallyport.Lister
 	Revoker    sallyport.Revoker
 	Backuper   sallyport.Backuper
+	Keys       sallyport.KeyKeeper // operators only
 	Authorizer sallyport.Authorizer
 	Explainer  sallyport.Explainer
 	Changes    sallyport.Changes
@@ -73,6 +74,9 @@ func NewServer(tlsConf *tls.Config, domain string, s Services, log logging.Logge
 	}
 	if s.Authorizer != nil || s.Explainer != nil || s.Changes != nil || s.Posture != nil {
 		pb.RegisterPolicyServer(srv.grpc, &policyServer{s: s})
+	}
+	if s.Keys != nil {
+		pb.RegisterKeysServer(srv.grpc, &keysServer{keys: s.Keys})
 	}
 	if s.Revoker != nil {
 		pb.RegisterRevokerServer(srv.grpc, &revokerServer{revoker: s.Revoker})

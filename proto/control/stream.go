@@ -97,6 +97,9 @@ func receive[M any](ctx context.Context, c *Client, open func(context.Context, g
 		}
 		quiet.Stop()
 		if err := each(m); err != nil {
+			if ctx.Err() == nil {
+				c.leave(conn, err) // it tells what cannot be used: another may know better
+			}
 			return err
 		}
 		quiet.Reset(Silence)
@@ -114,12 +117,12 @@ func (c *Client) streamEnded(ctx, streamCtx context.Context, conn *grpc.ClientCo
 		return ctx.Err()
 	}
 	if context.Cause(streamCtx) == errSilent {
-		c.replace(conn)
+		c.drop(conn, true, errSilent)
 		return unavailable(c.name, errSilent)
 	}
 	err = c.failed(ctx, err)
-	if unwell[sallyport.CodeOf(err)] {
-		c.leave(conn)
+	if _, place := placeCodes[sallyport.CodeOf(err)]; place {
+		c.leave(conn, err)
 	}
 	return err
 }

@@ -12,7 +12,6 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
-	"regexp"
 	"runtime"
 	"slices"
 	"time"
@@ -38,9 +37,6 @@ type File struct {
 	// DataDir holds keys, records, sockets and audit logs (mode 0700). A relative
 	// path starts at this file's directory. This field is required.
 	DataDir string `yaml:"data_dir"`
-	// Name tells this daemon from others of its kind, in the audit heads that cached
-	// keeps. Not needed where there is one of each.
-	Name string `yaml:"name"`
 	// Log says what the daemons write to stderr.
 	Log Log `yaml:"log"`
 	// Admin is where each process answers /healthz, /readyz, /metrics and
@@ -62,6 +58,8 @@ type File struct {
 	Policyd policyd.Config `yaml:"policyd"`
 	// Audit says where audit logs lie and what happens when they cannot be written.
 	Audit Audit `yaml:"audit"`
+	// Keys says where the keys come from that protect data at rest.
+	Keys Keys `yaml:"keys"`
 	// Connect is where the daemons find each other; not needed in the all-in-one.
 	Connect Connect `yaml:"connect"`
 	// Routes are what people can reach, and their policies.
@@ -72,17 +70,6 @@ type File struct {
 	path    string
 	present map[string]bool           // sections that stand in the file
 	parsed  map[string]*policy.Policy // of the routes, by text
-}
-
-var validName = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`)
-
-// Instance is how a daemon of this file is called where there are several of its
-// kind: "policyd", or "policyd/eu1" if the file has a name.
-func (f *File) Instance(daemon string) string {
-	if f.Name == "" {
-		return daemon
-	}
-	return daemon + "/" + f.Name
 }
 
 // Log says what a daemon logs.
@@ -249,6 +236,7 @@ func (f *File) check(d *decoder, reader string) {
 	f.checkGateways(&l)
 	l.Under("connect", f.checkConnect(reader))
 	l.Under("admin", f.Admin.validate())
+	l.Under("keys", f.Keys.validate())
 	f.checkRoutes(d, &l)
 	for _, p := range l {
 		if !d.isBad(p.Key) {
@@ -262,9 +250,6 @@ func (f *File) checkCommon(l *fault.List) {
 		l.Addf("domain", "is required, for example corp.example")
 	} else if err != nil || t.Host != f.Domain {
 		l.Addf("domain", "%.80q is no domain name in lower case, for example corp.example", f.Domain)
-	}
-	if f.Name != "" && !validName.MatchString(f.Name) {
-		l.Addf("name", "%.80q is no name: letters, digits and hyphens, for example eu1", f.Name)
 	}
 	if f.DataDir == "" {
 		l.Addf("data_dir", "is required, for example /var/lib/sallyport")
@@ -373,11 +358,14 @@ func (f *File) compile(l *fault.List) {
 // file's lines and columns.
 func (f *File) Known(text string) *policy.Policy { return f.parsed[text] }
 
+// Has reports whether the file has the section.
+func (f *File) Has(section string) bool { return f.present[section] }
+
 // Path is the file's name as it was given.
 func (f *File) Path() string { return f.path }
 
 // Layout returns where everything lies in the data directory.
-func (f *File) Layout() Layout { return Layout{Dir: f.DataDir, Audit: f.Audit.Dir} }
+func (f *File) Layout() Layout { return Layout{Dir: f.DataDir, Audit: f.Audit.Dir, Keys: f.Keys} }
 
 // AdminAddress returns where the daemon's admin listener is to be.
 func (f *File) AdminAddress(daemon string) string {

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/tls"
@@ -15,7 +16,6 @@ import (
 	"time"
 
 	"sallyport"
-	"sallyport/internal/keyring"
 	"sallyport/internal/tlsid"
 )
 
@@ -24,7 +24,8 @@ import (
 //
 //	keys/{internal-ca,public-ca,session-ca}.{crt,key}  one CA, one purpose
 //	keys/session-ca-previous.{crt,key}                 the one before, after a rotation
-//	keys/{records,seal,reset}.key                      32 random bytes each
+//	keys/{records,seal}.key                            key-encryption keys (or .tpm, or a credential)
+//	keys/reset.key                                     32 random bytes
 //	keys/audit-<daemon>.{key,pub}                      Ed25519, signs audit heads
 //	svc/<kind>.{crt,key}                               daemon to daemon
 //	svc/{gateway,authd}-public.{crt,key}               listeners without a certificate of their own
@@ -34,7 +35,14 @@ type Layout struct {
 	Dir string // absolute
 	// Audit is the directory of the audit logs; empty: audit under Dir.
 	Audit string
+	// From is the directory whose CAs sign what is made here; empty: Dir.
+	From string
+	// Keys says where key-encryption keys come from; zero: from files under Dir.
+	Keys Keys
 }
+
+// issuer is where the CAs are.
+func (l Layout) issuer() Layout { return Layout{Dir: cmp.Or(l.From, l.Dir)} }
 
 // Daemons are the four services, in the order in which they start.
 var Daemons = []string{"cached", "policyd", "authd", "gateway"}
@@ -47,8 +55,8 @@ const (
 
 	previousSessionCA = "session-ca-previous" // signs until gateways know SessionCA
 
-	RecordsKey = "records" // MACs of records at rest
-	SealKey    = "seal"    // encrypts IdP tokens at rest
+	RecordsKey = "records" // wraps the keys of cached's rows
+	SealKey    = "seal"    // wraps the keys of what authd stores of others' secrets
 	ResetKey   = "reset"   // tells agents that a gateway has restarted
 )
 
@@ -96,10 +104,9 @@ func (l Layout) FilesOf(who string) []string {
 	}
 	switch who {
 	case "cached":
-		files = append(files, l.secret(RecordsKey))
+		files = append(files, l.kekFiles(RecordsKey)...)
 	case "authd":
-		files = append(files, l.sessionCAFiles()...)
-		files = append(files, l.secret(SealKey))
+		files = append(append(files, l.sessionCAFiles()...), l.kekFiles(SealKey)...)
 	}
 	if who == "gateway" {
 		files = append(files, l.secret(ResetKey))
@@ -110,6 +117,15 @@ func (l Layout) FilesOf(who string) []string {
 		files = append(files, publicCA, publicCert, publicKey)
 	}
 	return files
+}
+
+// kekFiles are the files of a key-encryption key that have to be on the machine: no
+// file of ours for a credential.
+func (l Layout) kekFiles(name string) []string {
+	if l.KeySource() == FromCredential {
+		return nil
+	}
+	return []string{l.KEKFile(name)}
 }
 
 // CA loads one of the CAs.
@@ -188,22 +204,6 @@ func (l Layout) Secret(name string) ([]byte, error) {
 	return b, nil
 }
 
-// KEK loads a key-encryption key.
-func (l Layout) KEK(name string) (keyring.KEK, error) {
-	b, err := tlsid.ReadKeyFile(l.secret(name))
-	if err != nil {
-		return keyring.KEK{}, Missing(err)
-	}
-	kek, err := keyring.ParseKEK(b)
-	if err != nil {
-		return keyring.KEK{}, fmt.Errorf("%s: %w", l.secret(name), err)
-	}
-	return kek, nil
-}
-
-// KEKFile is where a key-encryption key lies.
-func (l Layout) KEKFile(name string) string { return l.secret(name) }
-
 func (l Layout) secret(name string) string { return filepath.Join(l.Dir, "keys", name+".key") }
 
 // AuditKey loads the key that signs a daemon's audit heads.
@@ -276,10 +276,13 @@ func (l Layout) EnsureKeys() error {
 			return err
 		}
 	}
-	for _, name := range []string{RecordsKey, SealKey, ResetKey} {
-		if err := ensureFile(l.secret(name), randomKey); err != nil {
+	for _, name := range []string{RecordsKey, SealKey} {
+		if err := l.ensureKEK(name); err != nil {
 			return err
 		}
+	}
+	if err := ensureFile(l.secret(ResetKey), randomKey); err != nil {
+		return err
 	}
 	for _, daemon := range Daemons {
 		if err := l.ensureAuditKey(daemon); err != nil {
@@ -289,14 +292,49 @@ func (l Layout) EnsureKeys() error {
 	return nil
 }
 
-// EnsureService makes or renews the certificate of a service kind.
-func (l Layout) EnsureService(domain, kind string, now time.Time) error {
+// EnsureCopy makes the directory for a further process of a daemon: it gets what it
+// shares with the others from the directory From, and an audit key of its own. Its
+// certificates are made by EnsureService and EnsurePublic.
+func (l Layout) EnsureCopy(who string) error {
+	if err := l.ensureDirs(); err != nil {
+		return err
+	}
+	own := []string{}
+	for _, pair := range []func(string) (string, string){l.ServicePair, l.PublicPair} {
+		cert, key := pair(who)
+		own = append(own, cert, key)
+	}
+	if slices.Contains(Daemons, who) {
+		if err := l.ensureAuditKey(who); err != nil {
+			return err
+		}
+	}
+	for _, file := range l.FilesOf(who) {
+		if slices.Contains(own, file) {
+			continue
+		}
+		rel, err := filepath.Rel(l.Dir, file)
+		if err != nil {
+			return err
+		}
+		err = ensureFile(file, func() ([]byte, error) { return os.ReadFile(filepath.Join(l.From, rel)) })
+		if err != nil {
+			return Missing(err)
+		}
+	}
+	return nil
+}
+
+// EnsureService makes or renews the certificate of a service kind. name tells it
+// from others of its kind; empty: there are none.
+func (l Layout) EnsureService(domain, kind, name string, now time.Time) error {
+	name = cmp.Or(name, kind)
 	cert, key := l.ServicePair(kind)
 	return l.ensureLeaf(cert, key, InternalCA, now, func(have *x509.Certificate) bool {
-		k, _, err := tlsid.Service(have, domain)
-		return err == nil && k == kind
+		k, n, err := tlsid.Service(have, domain)
+		return err == nil && k == kind && n == name
 	}, func(ca *tlsid.CA) (tls.Certificate, error) {
-		return ca.IssueService(domain, kind, kind, nil, tlsid.ServiceLife)
+		return ca.IssueService(domain, kind, name, nil, tlsid.ServiceLife)
 	})
 }
 
@@ -314,7 +352,7 @@ func (l Layout) EnsurePublic(daemon, host string, now time.Time) error {
 // ensureLeaf keeps a pair that its CA signed, that fits and that has half of its
 // life before it, and replaces any other.
 func (l Layout) ensureLeaf(cert, key, caName string, now time.Time, fits func(*x509.Certificate) bool, issue func(*tlsid.CA) (tls.Certificate, error)) error {
-	ca, err := l.CA(caName)
+	ca, err := l.issuer().CA(caName)
 	if err != nil {
 		return err
 	}
@@ -373,7 +411,8 @@ func closeDir(dir string) error {
 // checkRecordsKey refuses to go on with records whose key is gone: with a new
 // key every one of them would count as forged.
 func (l Layout) checkRecordsKey() error {
-	if exists(l.secret(RecordsKey)) {
+	file := l.KEKFile(RecordsKey)
+	if l.KeySource() == FromCredential || exists(file) {
 		return nil
 	}
 	for _, store := range []string{l.Database(), l.PostgresMarker()} {
@@ -381,7 +420,7 @@ func (l Layout) checkRecordsKey() error {
 			return &sallyport.Error{
 				Outcome: sallyport.OutcomeInternal, Code: "keys.missing",
 				Message: store + " exists, but not the key that protects the records",
-				Hint:    "restore " + l.secret(RecordsKey) + " from a backup, or move " + store + " away to start empty (everybody logs in again)",
+				Hint:    "restore " + file + " from a backup, or move " + store + " away to start empty (everybody logs in again)",
 			}
 		}
 	}

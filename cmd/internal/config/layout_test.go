@@ -129,7 +129,7 @@ func TestCertificatesAreRenewedAtHalfTheirLife(t *testing.T) {
 		return pair.Leaf.SerialNumber.String()
 	}
 	ensure := func(domain string, at time.Time) string {
-		if err := l.EnsureService(domain, "gateway", at); err != nil {
+		if err := l.EnsureService(domain, "gateway", "", at); err != nil {
 			t.Fatal(err)
 		}
 		return serial()

@@ -41,7 +41,7 @@ func or(addr, def string) string {
 
 // Policyd starts the service that decides.
 func Policyd(p *run.Process, records policyd.Cached) (*policyd.Server, error) {
-	auditor, err := p.Audit("policyd", run.KeepHeads(p.Config.Instance("policyd"), records))
+	auditor, err := p.Audit("policyd", p.KeepHeads("policyd", records))
 	if err != nil {
 		return nil, err
 	}
@@ -79,18 +79,18 @@ func ListenAuthd(p *run.Process) (*AuthdListener, error) {
 // Authd starts the service that logs people in.
 func Authd(p *run.Process, l *AuthdListener, records sallyport.Records) (*authd.Server, error) {
 	layout := p.Config.Layout()
-	auditor, err := p.Audit("authd", run.KeepHeads(p.Config.Instance("authd"), records))
+	auditor, err := p.Audit("authd", p.KeepHeads("authd", records))
 	if err != nil {
 		return nil, err
 	}
 	p.Watch(func(f *config.File) []string {
-		return append(f.Layout().SessionCAFiles(), f.Authd.IDP.ClientSecretFile)
+		return append(f.Layout().SessionCAFiles(), f.Authd.IDP.ClientSecretFile, f.Layout().KEKFile(config.SealKey))
 	})
 	cas, err := layout.SessionCAs()
 	if err != nil {
 		return nil, err
 	}
-	seal, err := layout.Secret(config.SealKey)
+	kek, err := layout.KEK(config.SealKey)
 	if err != nil {
 		return nil, err
 	}
@@ -101,7 +101,7 @@ func Authd(p *run.Process, l *AuthdListener, records sallyport.Records) (*authd.
 		return nil, err
 	}
 	server, err := authd.New(cfg, authd.Deps{
-		Domain: p.Config.Domain, Records: records, Audit: auditor, Log: p.Log.Named("authd"), SealKey: seal,
+		Domain: p.Config.Domain, Records: records, Audit: auditor, Log: p.Log.Named("authd"), KEK: kek,
 		SessionCAs: cas, MaxStale: p.Config.Policyd.MaxStale,
 	})
 	if err != nil {
@@ -119,6 +119,13 @@ func Authd(p *run.Process, l *AuthdListener, records sallyport.Records) (*authd.
 		}
 		server.TakeSessionCAs(cas)
 		return nil
+	})
+	p.OnReload(func(*config.File) error {
+		kek, err := layout.KEK(config.SealKey)
+		if err != nil {
+			return err
+		}
+		return server.SetKEK(kek)
 	})
 	p.Go("authd", server.Run)
 	p.ServeHTTP("authd listener", l, &http.Server{

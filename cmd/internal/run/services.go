@@ -18,6 +18,7 @@ import (
 	"sallyport/internal/logging"
 	"sallyport/internal/telemetry"
 	"sallyport/internal/tlsid"
+	"sallyport/proto/control"
 )
 
 // Audit opens the daemon's audit chain. What the configuration wants when it
@@ -40,13 +41,27 @@ func (p *Process) Audit(daemon string, keep func(context.Context, audit.Head) er
 	return log, nil
 }
 
-// KeepHeads returns a function that stores a daemon's audit heads in cached under
-// its instance's name, so that a chain whose end was cut off shows.
-func KeepHeads(instance string, records sallyport.Records) func(context.Context, audit.Head) error {
+// KeepHeads returns a function that stores the daemon's audit heads in cached,
+// so that a chain whose end was cut off shows.
+func (p *Process) KeepHeads(daemon string, records sallyport.Records) func(context.Context, audit.Head) error {
+	id := AuditHeadID(p.Config, daemon)
 	return func(ctx context.Context, h audit.Head) error {
-		_, err := records.Apply(ctx, []sallyport.Op{sallyport.Put(sallyport.KindAuditHead, instance, h)})
+		_, err := records.Apply(ctx, []sallyport.Op{sallyport.Put(sallyport.KindAuditHead, id, h)})
 		return err
 	}
+}
+
+// AuditHeadID is the id of the record with the audit head of the daemon that runs by
+// this file: where there are several of a kind, the service certificate tells which
+// one that is.
+func AuditHeadID(f *config.File, daemon string) string {
+	files := f.Services(daemon)
+	if pair, err := tlsid.LoadKeyPair(files.CertFile, files.KeyFile); err == nil {
+		if kind, name, err := tlsid.Service(pair.Leaf, f.Domain); err == nil && kind == daemon {
+			return control.AuditHeadID(kind, name)
+		}
+	}
+	return daemon // in the all-in-one
 }
 
 // lenient lets things happen that cannot be audited (audit.on_failure: allow).

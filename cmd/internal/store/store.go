@@ -19,6 +19,7 @@ import (
 // Open opens the records of the process and keeps them going until it ends.
 func Open(p *run.Process) (*cached.Server, error) {
 	layout, log := p.Config.Layout(), p.Log.Named("cached")
+	p.Watch(func(f *config.File) []string { return []string{f.Layout().KEKFile(config.RecordsKey)} })
 	key, err := layout.KEK(config.RecordsKey)
 	if err != nil {
 		return nil, err
@@ -26,7 +27,7 @@ func Open(p *run.Process) (*cached.Server, error) {
 	var own atomic.Pointer[cached.Server] // set below: the log is opened before the server
 	auditor, err := p.Audit("cached", func(ctx context.Context, h audit.Head) error {
 		if s := own.Load(); s != nil {
-			return run.KeepHeads(p.Config.Instance("cached"), s)(ctx, h)
+			return p.KeepHeads("cached", s)(ctx, h)
 		}
 		return nil
 	})
@@ -42,6 +43,13 @@ func Open(p *run.Process) (*cached.Server, error) {
 		return nil, err
 	}
 	own.Store(server)
+	p.OnReload(func(*config.File) error {
+		kek, err := layout.KEK(config.RecordsKey)
+		if err != nil {
+			return err
+		}
+		return server.SetKEK(p.Context(), kek)
+	})
 	p.Go("cached", server.Run)
 	return server, nil
 }

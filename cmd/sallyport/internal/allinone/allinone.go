@@ -45,12 +45,12 @@ func StartWith(p *run.Process, between func(daemons.Decider) daemons.Decider) er
 	if err != nil {
 		return err
 	}
-	gate, err := daemons.Gateway(p, ls.gateway, between(decider), run.KeepHeads(p.Config.Instance("gateway"), records))
+	gate, err := daemons.Gateway(p, ls.gateway, between(decider), p.KeepHeads("gateway", records))
 	if err != nil {
 		return err
 	}
 	daemons.ServeControl(p, "cached socket", ls.cached, nil, control.Services{
-		Records: records, Lister: records, Revoker: records, Backuper: records,
+		Records: records, Lister: records, Revoker: records, Backuper: records, Keys: records,
 	})
 	daemons.ServeControl(p, "policyd socket", ls.policyd, nil, control.Services{
 		Authorizer: decider, Explainer: decider, Changes: decider, Posture: decider, Revoker: decider,
