@@ -118,3 +118,14 @@ func TestABackupTellsTheIDOfItsKeyOnly(t *testing.T) {
 		t.Errorf("got %+v; want two records (one of them its keys) in %d bytes under the key %s", done, size, id)
 	}
 }
+
+// A restore by another user would leave a store that cached cannot open.
+func TestRestoreIsForTheOwnerOfTheData(t *testing.T) {
+	dir := t.TempDir()
+	if err := asOwner(dir, os.Geteuid()); err != nil {
+		t.Errorf("as the owner: %v", err)
+	}
+	if err := asOwner(dir, os.Geteuid()+1); run.ExitCode(err) != run.ExitUsage {
+		t.Errorf("as another user: got %v; want a usage error", err)
+	}
+}

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -74,6 +76,9 @@ type restoring struct {
 }
 
 func (r *restoring) run(ctx context.Context, f *config.File) (*restored, error) {
+	if err := asOwner(f.Layout().Dir, os.Geteuid()); err != nil {
+		return nil, err
+	}
 	kek, err := f.Layout().KEK(config.RecordsKey)
 	if err != nil {
 		return nil, err
@@ -82,6 +87,18 @@ func (r *restoring) run(ctx context.Context, f *config.File) (*restored, error) 
 		return restoreInPlace(ctx, f, kek)
 	}
 	return r.backup(ctx, f, kek)
+}
+
+// asOwner refuses to leave files in cached's directory that cached cannot open.
+func asOwner(dir string, euid int) error {
+	info, err := os.Stat(dir)
+	if err != nil {
+		return config.Missing(err)
+	}
+	if owner, ok := info.Sys().(*syscall.Stat_t); ok && int(owner.Uid) != euid {
+		return run.Usage("run it as the user that cached runs as, with sudo -u", "%s belongs to uid %d, and this is uid %d", dir, owner.Uid, euid)
+	}
+	return nil
 }
 
 // backup restores a backup.
@@ -96,7 +113,7 @@ func (r *restoring) backup(ctx context.Context, f *config.File, kek keyring.KEK)
 		return nil, fmt.Errorf("%s: %w", r.file, err)
 	}
 	done := &restored{Schema: restoreSchema, File: r.file}
-	done.KeptIn, err = store.Replace(ctx, f, kek, func(s cached.Store) error {
+	done.KeptAs, err = store.Replace(ctx, f, kek, func(s cached.Store) error {
 		// Only now nobody can write into the journal any more.
 		journal, why, err := r.readJournal(f, kek)
 		if err != nil {
@@ -201,8 +218,8 @@ type restored struct {
 	DevicesRevoked int                `json:"devices_revoked"`
 	Config         sallyport.Revision `json:"config_revision,omitempty"`
 	ConfigApplied  time.Time          `json:"config_applied,omitzero"`
-	// KeptIn is where the store before is.
-	KeptIn string `json:"kept_in,omitempty"`
+	// KeptAs is what the store before is called now.
+	KeptAs string `json:"kept_as,omitempty"`
 }
 
 // place is a place in a history of records.
@@ -258,8 +275,8 @@ func (r *restored) text() string {
 		line("dropped: %s that did not verify", many(r.Dropped, "record"))
 	}
 	line("the store goes on at revision %d in a new history (epoch %s)", r.To.Revision, r.To.Epoch)
-	if r.KeptIn != "" {
-		line("the store before is in %s; remove it once all is well", r.KeptIn)
+	if r.KeptAs != "" {
+		line("the store before is kept as %s; remove that once all is well", r.KeptAs)
 	}
 	line("now start cached")
 	return b.String()
