@@ -269,6 +269,8 @@ func (r *restored) text() string {
 			many(r.SessionsEnded, "session"), ofOne(r.SessionsEnded), many(r.SessionsKept, "session"), ofOne(r.SessionsKept))
 	default:
 		line("no journal covers the time since the backup (%s): %s", r.Journal.Why, allEnded(r.SessionsEnded))
+		line("a device that was revoked, or a user who was disabled, after %s is so no more: look for them in the audit log, and revoke them again",
+			r.Made.Format(time.RFC3339))
 	}
 	line("kept: %s, %s (%d revoked)%s", many(r.Users, "user"), many(r.Devices, "device"), r.DevicesRevoked, r.configText())
 	if r.Dropped > 0 {
