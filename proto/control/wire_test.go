@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -169,6 +170,7 @@ func TestServicesHaveTheirRights(t *testing.T) {
 		_, err := s.authorize.Authorize(ctx, []sallyport.Request{question("a", 22)})
 		return err
 	}
+	backup := func(s services) error { return s.backuper.Backup(ctx, io.Discard) }
 	tests := []struct {
 		name string
 		err  error
@@ -185,6 +187,10 @@ func TestServicesHaveTheirRights(t *testing.T) {
 		{"authd changes the policy", apply(as("authd"), sallyport.KindConfig), false},
 		{"authd decides", authorize(as("authd")), false},
 		{"operator changes the policy", apply(as("operator"), sallyport.KindConfig), true},
+		{"gateway takes a backup", backup(as("gateway")), false},
+		{"policyd takes a backup", backup(as("policyd")), false},
+		{"authd takes a backup", backup(as("authd")), false},
+		{"operator takes a backup", backup(as("operator")), true},
 		{"nobody we know asks", authorize(as("printer")), false},
 	}
 	for _, tt := range tests {
