@@ -253,6 +253,7 @@ func TestRestore_AcrossEngines(t *testing.T) {
 	sqlite := newCachedAlone(t, "")
 	sqlite.fill("first", 1500)
 	first := sqlite.backup()
+	reached := sqlite.fill("lost", 4500)
 	sqlite.stop()
 
 	postgres := sqlite.on(fmt.Sprintf(`store: %q, store_password_file: %q`, db.URL(db.Database(t)), db.PasswordFile()))
@@ -272,6 +273,9 @@ func TestRestore_AcrossEngines(t *testing.T) {
 	wantWords(t, sqlite.operator(0, "restore", second, "--config", sqlite.file).Stdout, "no journal covers the time since the backup")
 	sqlite.start()
 	sqlite.holds("second", 1500)
+	if next := sqlite.fill("third", 1); next <= reached {
+		t.Errorf("revision %d was given out again: %d was before", next, reached)
+	}
 	sqlite.stop()
 }
 
@@ -290,7 +294,7 @@ func TestRestore_InPlaceTakesAnOlderFile(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.fill("second", 10)
+	reached := c.fill("second", 1500)
 	c.stop()
 	if err := os.WriteFile(database, old, 0o600); err != nil {
 		t.Fatal(err)
@@ -303,6 +307,9 @@ func TestRestore_InPlaceTakesAnOlderFile(t *testing.T) {
 	c.holds("first", 10)
 	if list, err := records.List(t.Context(), sallyport.KindSession); err != nil || len(list) > 0 {
 		t.Errorf("got sessions %v, %v; want none", list, err)
+	}
+	if next := c.fill("third", 10); next <= reached {
+		t.Errorf("revision %d was given out again: %d was before", next, reached)
 	}
 	c.stop()
 }
@@ -425,8 +432,9 @@ func (c *cachedAlone) operator(exit int, args ...string) stack.Result {
 	return r
 }
 
-// fill writes n records that say the name, in the place of all others.
-func (c *cachedAlone) fill(name string, n int) {
+// fill writes n records that say the name, in the place of all others, and returns
+// the revision of the last ones.
+func (c *cachedAlone) fill(name string, n int) (last sallyport.Revision) {
 	c.t.Helper()
 	records := c.start()
 	const group = 500
@@ -435,10 +443,12 @@ func (c *cachedAlone) fill(name string, n int) {
 		for i := from; i < min(n, from+group); i++ {
 			batch = append(batch, sallyport.Put(sallyport.KindRecord, fmt.Sprintf("which/%d", i), map[string]string{"which": name}))
 		}
-		if _, err := records.Apply(c.t.Context(), batch); err != nil {
+		var err error
+		if last, err = records.Apply(c.t.Context(), batch); err != nil {
 			c.t.Fatal(err)
 		}
 	}
+	return last
 }
 
 // backup takes a backup into a file.
