@@ -154,13 +154,15 @@ func TestCase_L13_AKillWhileAStoreIsReplaced(t *testing.T) {
 func TestReplaceOfWhatCannotBeOpened(t *testing.T) {
 	whole, _ := oldFiles(t)
 	for name, damage := range map[string]func(map[string][]byte){
-		"nothing there":    func(f map[string][]byte) { clear(f) },
-		"damaged":          func(f map[string][]byte) { f["cached.db"] = []byte("garbage") },
-		"missing":          func(f map[string][]byte) { delete(f, "cached.db") },
-		"marker missing":   func(f map[string][]byte) { delete(f, "cached.db.lock") },
-		"marker damaged":   func(f map[string][]byte) { f["cached.db.lock"] = []byte("garbage") },
-		"only the journal": func(f map[string][]byte) { maps.DeleteFunc(f, func(n string, _ []byte) bool { return n != "cached.db.journal" }) },
-		"rolled back":      func(f map[string][]byte) { delete(f, "cached.db-wal") },
+		"nothing there":  func(f map[string][]byte) { clear(f) },
+		"damaged":        func(f map[string][]byte) { f["cached.db"] = []byte("garbage") },
+		"missing":        func(f map[string][]byte) { delete(f, "cached.db") },
+		"marker missing": func(f map[string][]byte) { delete(f, "cached.db.lock") },
+		"marker damaged": func(f map[string][]byte) { f["cached.db.lock"] = []byte("garbage") },
+		"only the journal": func(f map[string][]byte) {
+			maps.DeleteFunc(f, func(n string, _ []byte) bool { return n != "cached.db.journal" })
+		},
+		"rolled back": func(f map[string][]byte) { delete(f, "cached.db-wal") },
 	} {
 		t.Run(name, func(t *testing.T) {
 			files := maps.Clone(whole)
