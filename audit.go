@@ -18,6 +18,7 @@ const (
 	AuditChange       = "change"        // cached: Detail names kind, id, revision, never payloads of secrets
 	AuditRevocation   = "revocation"    // cached, policyd
 	AuditConfigApply  = "config.apply"  // cached
+	AuditRestore      = "restore"       // cached's chain, written by the operator's tool while cached is stopped
 	AuditPolicyBroken = "policy.broken" // policyd
 )
 

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"sallyport"
+	"sallyport/internal/keyring"
 )
 
 // A backup is a scan of the whole store, written down: a line that says what it
@@ -163,6 +164,16 @@ func ReadBackup(r io.Reader, begin func(BackupInfo) error, each func(Row) error)
 			return err
 		}
 	}
+}
+
+// WrappedBy returns the id of the key-encryption key that the rows of a backup are
+// useless without, if row is the one that says so.
+func WrappedBy(row Row) (id keyring.ID, ok bool) {
+	if row.Key() != ringKey {
+		return id, false
+	}
+	about, err := keyring.Describe(row.Payload, ringPurpose)
+	return about.KEK, err == nil
 }
 
 // backupReader reads the frames of one backup.

@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"context"
 	"io"
+	"slices"
 	"testing"
 
 	"sallyport"
 	"sallyport/cached"
 	"sallyport/cached/memory"
 	"sallyport/cached/storetest"
+	"sallyport/internal/keyring"
 )
 
 // backedUp is a server with two sessions, a revoked session's tombstone, a device
@@ -102,6 +104,9 @@ func TestRestoreWithAJournalKeepsWhatDidNotEnd(t *testing.T) {
 	device, err := sallyport.Decode[sallyport.Device](ids(t, s, sallyport.KindDevice)["d1"])
 	if err != nil || !device.Revoked || device.Name != "laptop" {
 		t.Errorf("got device %+v, %v; want it revoked and otherwise as it was", device, err)
+	}
+	if r.Devices != 1 || r.DevicesRevoked != 1 {
+		t.Errorf("got %+v; want one device, revoked", r)
 	}
 	if _, err := s.Get(t.Context(), sallyport.KindCode, "c1"); err == nil {
 		t.Error("a single-use code is back")
@@ -208,4 +213,19 @@ func FuzzReadBackup(f *testing.F) {
 			}
 		}
 	})
+}
+
+// A backup says which key it needs, to whoever has no key.
+func TestABackupNamesItsKey(t *testing.T) {
+	deps, backup := backedUp(t)
+	var named []keyring.ID
+	err := cached.ReadBackup(bytes.NewReader(backup), func(cached.BackupInfo) error { return nil }, func(row cached.Row) error {
+		if id, ok := cached.WrappedBy(row); ok {
+			named = append(named, id)
+		}
+		return nil
+	})
+	if err != nil || !slices.Equal(named, deps.KEK.IDs()) {
+		t.Errorf("got %v, %v; want %v", named, err, deps.KEK.IDs())
+	}
 }

@@ -35,6 +35,7 @@ type Restored struct {
 	// made and have not expired. Applied are endings of the journal that met a row.
 	SessionsEnded, SessionsKept, Applied int
 	Users, Devices                       int
+	DevicesRevoked                       int // of Devices
 	// Config is the revision of the configuration; 0: there is none.
 	Config        sallyport.Revision
 	ConfigApplied time.Time
@@ -319,6 +320,9 @@ func (f *filter) count(row *Row) {
 		f.Users++
 	case sallyport.KindDevice:
 		f.Devices++
+		if isMarked(row) {
+			f.DevicesRevoked++
+		}
 	case sallyport.KindConfig:
 		f.Config = row.Revision
 		if c, err := sallyport.Decode[sallyport.Config](row.Record); err == nil {
@@ -350,7 +354,7 @@ func unfinished() error {
 		Outcome: sallyport.OutcomeInternal,
 		Code:    codeUnfinished,
 		Message: "a backup was being restored into the record store, and that was not finished",
-		Hint:    "empty the store and restore again: sallyport restore FILE --config FILE",
+		Hint:    "restore again: sallyport restore FILE --config FILE",
 	}
 }
 

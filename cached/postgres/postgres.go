@@ -61,8 +61,13 @@ type Config struct {
 	// Marker is the file that remembers that there was a store, which one, and how
 	// far it was written. Required.
 	Marker string
+	// Restore opens a store that is not the one written last, for
+	// cached.RestoreInPlace. Others refuse it until a new history has begun in it.
+	Restore bool
 	// Log; nil: nothing is logged.
 	Log logging.Logger
+
+	step func() // told before each step of a replacement, in tests
 }
 
 // Bounds of what one store takes of PostgreSQL. Each read that lasts (a snapshot
@@ -98,7 +103,10 @@ type Store struct {
 	primary *primary
 	pool    *pgxpool.Pool
 
-	known atomic.Uint64 // highest revision that the standby has, too
+	known   atomic.Uint64 // highest revision that the standby has, too
+	restore bool          // see Config
+	// unproven is the name of a store that the marker does not vouch for.
+	unproven atomic.Pointer[string]
 
 	writing chan struct{} // room for one: the Update under way
 	writes  int64         // the last transaction's number; whoever is writing has it
@@ -134,7 +142,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		return nil, fmt.Errorf("open the record store: %w", err)
 	}
 	s := &Store{
-		id: rand.Text(), schema: p.schema, log: cfg.Log, primary: p, pool: pool,
+		id: rand.Text(), schema: p.schema, log: cfg.Log, primary: p, pool: pool, restore: cfg.Restore,
 		writing: make(chan struct{}, 1), scans: make(chan struct{}, maxScans), wake: make(chan struct{}, 1),
 	}
 	s.ended, s.stop = context.WithCancel(context.Background())
@@ -320,6 +328,9 @@ func (s *Store) Maintain(context.Context) error { return s.mark() }
 
 // mark has the marker follow the revision, for good.
 func (s *Store) mark() error {
+	if s.unproven.Load() != nil {
+		return nil
+	}
 	return errors.Join(s.marker.Write(s.known.Load()), s.marker.Sync())
 }
 

@@ -69,7 +69,7 @@ func (s *Store) prepare(ctx context.Context, conn *pgx.Conn) error {
 	if err != nil {
 		return err
 	}
-	if version == 0 && !s.marker.Making {
+	if version == 0 && (s.restore || !s.marker.Making) {
 		return s.corrupt("the record store is missing, although there was one", nil)
 	}
 	if err := s.migrate(ctx, tx, version); err != nil {
@@ -177,8 +177,12 @@ func (s *Store) load(ctx context.Context, tx pgx.Tx) (cached.Head, error) {
 	if err != nil {
 		return cached.Head{}, err
 	}
-	if m := s.marker; !m.Making && (m.Store != store || m.Revision > uint64(head.Revision)) {
-		return cached.Head{}, s.rolledBack(uint64(head.Revision), m)
+	if s.restore {
+		s.unproven.Store(&store)
+		return head, nil
+	}
+	if !s.marker.Fits(store, uint64(head.Revision)) {
+		return cached.Head{}, s.rolledBack(uint64(head.Revision), s.marker)
 	}
 	s.marker.Adopt(store)
 	return head, nil

@@ -65,7 +65,13 @@ func (u *update) run(ctx context.Context, conn *pgx.Conn) error {
 		_, _ = conn.Exec(ctx, `ROLLBACK`) // a connection where this fails is closed, which does the same
 		return pass(err)
 	}
-	return u.commit(ctx, conn, &change)
+	if err := u.commit(ctx, conn, &change); err != nil {
+		return err
+	}
+	if change.Head.Epoch != head.Epoch {
+		return pass(u.store.beginHistory())
+	}
+	return nil
 }
 
 // lock begins a transaction and has everybody else wait. It returns the number
@@ -123,6 +129,17 @@ func (u *update) commit(ctx context.Context, conn *pgx.Conn, c *cached.Change) e
 	}
 	s.knows(c.Head)
 	return nil
+}
+
+// beginHistory has the marker follow a new epoch, which proves a store that was put
+// in order.
+func (s *Store) beginHistory() error {
+	name := s.unproven.Swap(nil)
+	if name == nil {
+		return nil
+	}
+	s.marker.Adopt(*name)
+	return s.mark()
 }
 
 // confirm says yes to the transaction before, which took place although its

@@ -46,8 +46,8 @@ func corrupt(path, message string, cause error) error {
 		Outcome: sallyport.OutcomeInternal,
 		Code:    "storage.corrupt",
 		Message: message,
-		Hint: fmt.Sprintf("put a backup in place of %[1]s (and remove %[1]s-wal and %[1]s-shm); to start with nothing, "+
-			"so that everybody must log in again and the configuration is applied anew, move away every file named %[1]s*", path),
+		Hint: fmt.Sprintf("bring back a backup: `sallyport restore FILE --config FILE`; to start with nothing, "+
+			"so that everybody must log in again and the configuration is applied anew, move away every file named %s*", path),
 		Err: cause,
 	}
 }

@@ -84,7 +84,7 @@ func dsn(path string, busy time.Duration, readOnly bool) string {
 
 // prepareFile leaves a database at path that this version may open, or says why
 // there is none. It makes one only where there never was one.
-func prepareFile(path string, m *marker.Marker) error {
+func prepareFile(path string, m *marker.Marker, restore bool) error {
 	there, err := hasText(path)
 	if err != nil {
 		return err
@@ -95,16 +95,37 @@ func prepareFile(path string, m *marker.Marker) error {
 	if !m.Making {
 		return corrupt(path, "the record store is missing or empty, although there was one", nil)
 	}
+	if restore {
+		return corrupt(path, "there is no record store", nil)
+	}
 	if err := neverWritten(path); err != nil {
 		return err
 	}
 	return create(path)
 }
 
+// openMarker opens the marker of the store at path. Who puts the store in order gets
+// one even if it is missing.
+func openMarker(path string, restore bool) (*marker.Marker, error) {
+	fresh := neverWritten(path)
+	if restore && fresh != nil {
+		return marker.Take(path + ".lock")
+	}
+	return marker.Open(path+".lock", func() error { return fresh })
+}
+
+// Reached returns the highest revision that the marker of the store at path knows to
+// be written, whether or not the store is there. The error wraps fs.ErrNotExist if
+// there is no marker.
+func Reached(path string) (sallyport.Revision, error) {
+	revision, err := marker.Revision(path + ".lock")
+	return sallyport.Revision(revision), err
+}
+
 // neverWritten returns nil if nothing of a store lies at path: only there may one be
 // made, as the marker itself may be what is missing.
 func neverWritten(path string) error {
-	for _, part := range []string{path, path + "-wal"} {
+	for _, part := range []string{path, path + "-wal", path + journalSuffix} {
 		_, err := os.Lstat(part)
 		if errors.Is(err, os.ErrNotExist) {
 			continue
@@ -256,7 +277,7 @@ func (s *Store) inspect(path string) error {
 
 // load reads the head, and refuses a store that lies behind what the marker knows
 // to have been written: somebody put an older file in its place.
-func (s *Store) load(path string) error {
+func (s *Store) load(path string, restore bool) error {
 	ctx := context.Background()
 	var store string
 	if err := s.writer.QueryRowContext(ctx, `SELECT value FROM meta WHERE name = 'store'`).Scan(&store); err != nil {
@@ -266,10 +287,14 @@ func (s *Store) load(path string) error {
 	if err != nil {
 		return err
 	}
-	if m := s.marker; !m.Making && (m.Store != store || m.Revision > uint64(head.Revision)) {
-		return rolledBack(path, uint64(head.Revision), m)
-	}
 	s.head.Store(&head)
+	if restore {
+		s.unproven = store
+		return nil
+	}
+	if !s.marker.Fits(store, uint64(head.Revision)) {
+		return rolledBack(path, uint64(head.Revision), s.marker)
+	}
 	s.marker.Adopt(store)
 	return nil
 }

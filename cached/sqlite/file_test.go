@@ -113,7 +113,7 @@ func TestAStoreOpensAsItWasClosed(t *testing.T) {
 	if !errors.Is(err, stop) || strings.Join(got, " ") != "s1 s2 s9" {
 		t.Errorf("got %v, %v; want s1 s2 s9", got, err)
 	}
-	for _, suffix := range []string{"", "-wal", "-shm", ".lock"} {
+	for _, suffix := range []string{"", "-wal", "-shm", ".lock", ".journal"} {
 		info, err := os.Stat(path + suffix)
 		if err != nil || info.Mode().Perm() != 0o600 {
 			t.Errorf("%s: got %v, %v; want mode 0600", suffix, info, err)
@@ -217,8 +217,10 @@ func TestCase_L5_AMissingFileIsRefused(t *testing.T) {
 	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("got %v; want no file made", err)
 	}
-	if err := os.Remove(path + ".lock"); err != nil { // what the hint says
-		t.Fatal(err)
+	for _, part := range []string{".lock", ".journal"} { // what the hint says
+		if err := os.Remove(path + part); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if _, rev := epochOf(t, path); rev != 0 {
 		t.Errorf("got revision %d; want a new store", rev)

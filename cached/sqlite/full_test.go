@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sallyport"
+	"sallyport/internal/keyring"
 )
 
 // fullDir is set in the process that the test below starts in a mount namespace
@@ -66,6 +67,10 @@ func revokeOnFullDisk(t *testing.T, dir string) {
 		if err := store.Maintain(t.Context()); err != nil { // the marker goes on, too
 			t.Fatalf("revocation %d: %v", i, err)
 		}
+	}
+	j := readJournal(t, path, keyring.KEK{})
+	if head, err := store.Head(t.Context()); err != nil || len(j.Ended) != sessions || j.Reached != head.Revision {
+		t.Errorf("the journal has %d endings up to %d, %v; want %d", len(j.Ended), j.Reached, err, sessions)
 	}
 	if err := os.Remove(filler); err != nil {
 		t.Fatal(err)

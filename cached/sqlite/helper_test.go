@@ -25,6 +25,8 @@ var helpers = map[string]func(path string) error{
 	"write-forever": writeForever,
 	"trace":         writeTrace,
 	"migrate":       openAndClose,
+	"replace":       replaceStore,
+	"open":          openStore,
 	"lock":          holdLock,
 	"read":          holdRead,
 }

@@ -19,6 +19,7 @@ import (
 	"sallyport/cached"
 	"sallyport/cached/memory"
 	"sallyport/cached/sqlite"
+	"sallyport/internal/keyring"
 )
 
 // traceOps is how many operations the traced process has acknowledged.
@@ -45,7 +46,7 @@ func traceOp(s *cached.Server, n int) error {
 // middle, and tells each one that is acknowledged.
 func writeTrace(path string) error {
 	for n := 1; n <= traceOps; {
-		store, err := sqlite.Open(path, sqlite.Config{})
+		store, err := sqlite.Open(path, sqlite.Small())
 		if err != nil {
 			return err
 		}
@@ -72,7 +73,7 @@ func writeTrace(path string) error {
 	return nil
 }
 
-// content is what a store holds, but for the codes of its rows, by key.
+// content is what a store holds, but for its keys and the codes of its rows, by key.
 type content map[cached.Key]string
 
 func contentOf(t testing.TB, store cached.Store) (c content, head cached.Head) {
@@ -119,6 +120,9 @@ func tracedContents(t *testing.T) []content {
 func TestCase_L1_L15_EveryCrashImageOpensWhole(t *testing.T) {
 	after := tracedContents(t)
 	images := replay(t, newDisk(), record(t, "trace", filepath.Join(t.TempDir(), "cached.db")), func(t *testing.T, path string, acked int) error {
+		if err := journalHas(path, acked); err != nil {
+			return err
+		}
 		store, err := sqlite.Open(path, sqlite.Small())
 		if err != nil {
 			return err
@@ -136,6 +140,25 @@ func TestCase_L1_L15_EveryCrashImageOpensWhole(t *testing.T) {
 		return err
 	})
 	t.Logf("%d images", images)
+}
+
+// journalHas checks that every acknowledged operation that ended something is in the
+// journal.
+func journalHas(path string, acked int) error {
+	if acked == 0 {
+		return nil // it may not be there yet
+	}
+	j, err := sqlite.ReadJournal(path, keyring.KEK{})
+	if err != nil {
+		return err
+	}
+	for n := 4; n <= acked; n += 4 {
+		want := cached.Ending{Key: cached.Key{Kind: sallyport.KindSession, ID: fmt.Sprint("s", n-1)}, Revision: sallyport.Revision(n)}
+		if j.After != 0 || !slices.Contains(j.Ended, want) {
+			return fmt.Errorf("the journal has %+v; want %+v in it", j, want)
+		}
+	}
+	return nil
 }
 
 // A store of the first schema is migrated, and the power fails at any moment of it:
@@ -162,7 +185,7 @@ func TestCase_L15_AnInterruptedMigrationIsCompleted(t *testing.T) {
 
 // openAndClose brings a store to today's schema.
 func openAndClose(path string) error {
-	store, err := sqlite.Open(path, sqlite.Config{})
+	store, err := sqlite.Open(path, sqlite.Small())
 	if err != nil {
 		return err
 	}

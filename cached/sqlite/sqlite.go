@@ -8,11 +8,17 @@
 //
 //	cached.db, cached.db-wal, cached.db-shm   SQLite's
 //	cached.db.lock                            ours: held locked while the store is open
+//	cached.db.journal                         ours: what ended, for restoring a backup
+//	cached.db.restored*                       a store on its way to take this one's place
+//	cached.db.replaced-TIME*                  a store whose place was taken; nobody needs it
 //
 // The lock file is also the marker: it remembers that a store was made here, and
 // the highest revision known to be written. A store whose database is missing or
 // empty is therefore never mistaken for a new one, and one that lies behind, or
 // whose marker is missing, is refused.
+//
+// The journal outlives the database: see ADR 0018. It is read by ReadJournal; a
+// store that is moved away takes it along.
 //
 // # Failures
 //
@@ -24,6 +30,7 @@
 package sqlite
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
@@ -38,6 +45,7 @@ import (
 	"sallyport"
 	"sallyport/cached"
 	"sallyport/cached/internal/marker"
+	"sallyport/internal/keyring"
 	"sallyport/internal/logging"
 )
 
@@ -46,10 +54,20 @@ type Config struct {
 	// BusyTimeout is how long a read or write waits for a lock that another
 	// process (a backup) holds before it fails with storage.busy; 0: 2 s.
 	BusyTimeout time.Duration
+	// JournalKey proves that the journal of revocations is ours; zero: it is only
+	// protected against damage.
+	JournalKey keyring.KEK
+	// Restore opens a store that is not the one written last, for
+	// cached.RestoreInPlace. Others refuse it until a new history has begun in it.
+	Restore bool
 	// Log; nil: nothing is logged.
 	Log logging.Logger
 
-	reserve int64 // bytes, smaller in tests that open thousands of stores
+	// Bytes, fewer in tests that open thousands of stores.
+	reserve int64
+	journal int64 // negative: there is none
+	// step is told before each step of a replacement, in tests.
+	step func()
 }
 
 // Store implements cached.Store over a file.
@@ -77,6 +95,12 @@ type Store struct {
 	put     *sql.Stmt
 	forget  *sql.Stmt
 	putHead *sql.Stmt
+
+	journal     *journal // nil: there is none
+	journalSize int64
+	journalKeys [][]byte
+	// unproven is the name of a store that the marker does not vouch for.
+	unproven string
 }
 
 var _ cached.Store = (*Store)(nil)
@@ -94,24 +118,25 @@ func Open(path string, cfg Config) (*Store, error) {
 	if cfg.Log == nil {
 		cfg.Log = logging.Discard()
 	}
-	if cfg.reserve == 0 {
-		cfg.reserve = reserved
-	}
-	m, err := marker.Open(path+".lock", func() error { return neverWritten(path) })
+	m, err := openMarker(path, cfg.Restore)
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
 	s := &Store{path: path, busy: cfg.BusyTimeout, log: cfg.Log, marker: m}
-	s.wal.reserve, s.wal.checkpointAt = cfg.reserve, checkpointAt
+	s.wal.reserve, s.wal.checkpointAt = cmp.Or(cfg.reserve, reserved), checkpointAt
+	s.journalSize, s.journalKeys = max(0, cmp.Or(cfg.journal, journalSize)), journalKeys(cfg.JournalKey)
 	s.scans.renew()
-	if err := s.open(path); err != nil {
+	if err := s.open(path, cfg); err != nil {
 		return nil, errors.Join(fmt.Errorf("open %s: %w", path, err), s.close())
 	}
 	return s, nil
 }
 
-func (s *Store) open(path string) error {
-	if err := prepareFile(path, s.marker); err != nil {
+func (s *Store) open(path string, cfg Config) error {
+	if err := finishReplacement(path, s.marker, cfg.step); err != nil {
+		return err
+	}
+	if err := prepareFile(path, s.marker, cfg.Restore); err != nil {
 		return err
 	}
 	if err := s.connect(path); err != nil {
@@ -126,10 +151,13 @@ func (s *Store) open(path string) error {
 	if err := s.prepare(); err != nil {
 		return damaged(path, err)
 	}
-	if err := s.load(path); err != nil {
+	if err := s.load(path, cfg.Restore); err != nil {
 		return damaged(path, err)
 	}
 	s.reserve()
+	if s.unproven == "" {
+		s.openJournal()
+	}
 	return errors.Join(s.mark(), s.syncMarker(context.Background()))
 }
 
@@ -207,6 +235,7 @@ func (s *Store) close() error {
 	if s.readers != nil {
 		errs = append(errs, s.readers.Close())
 	}
+	s.closeJournal()
 	if s.failed.Load() { // the writer stays open: see Failures
 		return errors.Join(append(errs, s.marker.Close())...)
 	}
@@ -266,8 +295,25 @@ func (s *Store) Update(ctx context.Context, plan func(cached.Tx) (cached.Change,
 	if err := s.transaction(ctx, func() error { return s.carryOut(ctx, &change) }); err != nil {
 		return fmt.Errorf("write: %w", s.note(err))
 	}
-	s.head.Store(&change.Head)
+	before := s.head.Swap(&change.Head)
+	if before.Epoch != change.Head.Epoch {
+		if err := s.beginHistory(ctx); err != nil {
+			return s.note(err)
+		}
+	}
 	return s.note(s.tend(ctx))
+}
+
+// beginHistory has the journal and the marker follow a new epoch, which proves a
+// store that was put in order.
+func (s *Store) beginHistory(ctx context.Context) error {
+	s.openJournal()
+	if s.unproven == "" {
+		return nil
+	}
+	s.marker.Adopt(s.unproven)
+	s.unproven = ""
+	return errors.Join(s.mark(), s.syncMarker(ctx))
 }
 
 var errFailed = fmt.Errorf("%w: the disk has failed a write", cached.ErrBroken)
@@ -292,7 +338,10 @@ func (s *Store) carryOut(ctx context.Context, c *cached.Change) error {
 		}
 	}
 	_, err := s.putHead.ExecContext(ctx, string(c.Head.Epoch), int64(c.Head.Revision), int64(c.Head.Compacted), c.Head.Seal)
-	return err
+	if err != nil {
+		return err
+	}
+	return s.writeDown(c) // last, so that what is refused is seldom in the journal
 }
 
 // tx is the store while nobody else writes: the lock on the file keeps other
@@ -497,7 +546,12 @@ func (s *Store) tend(ctx context.Context) error {
 func (s *Store) syncMarker(context.Context) error { return ofMarker(s.marker.Sync()) }
 
 // mark has the marker follow the revision.
-func (s *Store) mark() error { return ofMarker(s.marker.Write(s.revision())) }
+func (s *Store) mark() error {
+	if s.unproven != "" {
+		return nil
+	}
+	return ofMarker(s.marker.Write(s.revision()))
+}
 
 // ofMarker says what an error of the marker means for the store.
 func ofMarker(err error) error {

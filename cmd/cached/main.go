@@ -28,7 +28,7 @@ func start(p *run.Process) error {
 	if err != nil {
 		return err
 	}
-	services := control.Services{Records: records, Lister: records, Revoker: records, Keys: records}
+	services := control.Services{Records: records, Lister: records, Revoker: records, Backuper: records, Keys: records}
 	daemons.ServeControl(p, "cached api", l, id, services)
 	daemons.ServeControl(p, "cached socket", admin, nil, services)
 	ready := daemons.Ready{Cached: &daemons.ReadyControl{Listen: l.Addr().String(), Socket: socket}}

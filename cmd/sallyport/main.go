@@ -20,7 +20,7 @@ func root() *cobra.Command {
 		Args:  run.NoArgs,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(serveCommand(), initCommand(), applyCommand(), configCommand(), policyCommand(), sessionsCommand(), devicesCommand(), recordsCommand(), auditCommand(), keysCommand(), demoCommand(), passwordCommand(), versionCommand())
+	cmd.AddCommand(serveCommand(), initCommand(), applyCommand(), configCommand(), policyCommand(), sessionsCommand(), devicesCommand(), recordsCommand(), backupCommand(), restoreCommand(), auditCommand(), keysCommand(), demoCommand(), passwordCommand(), versionCommand())
 	return cmd
 }
 

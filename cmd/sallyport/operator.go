@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/user"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -155,6 +156,14 @@ func tabbed(values ...any) string {
 		}, fmt.Sprint(v))
 	}
 	return strings.Join(cells, "\t")
+}
+
+// operatorName is who runs this tool.
+func operatorName() string {
+	if u, err := user.Current(); err == nil {
+		return u.Username
+	}
+	return "operator"
 }
 
 func rounded(d time.Duration) string {

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os/user"
 	"slices"
 	"strings"
 	"time"
@@ -193,10 +192,7 @@ func (r *revocation) findUsers(ctx context.Context, l sallyport.Lister) error {
 }
 
 func (r *revocation) asked() sallyport.Revocation {
-	ask := sallyport.Revocation{Reason: r.reason, By: "operator"}
-	if u, err := user.Current(); err == nil {
-		ask.By = u.Username
-	}
+	ask := sallyport.Revocation{Reason: r.reason, By: operatorName()}
 	for kind, ids := range map[sallyport.SubjectKind][]string{
 		sallyport.SubjectUser: r.users, sallyport.SubjectDevice: r.devices, sallyport.SubjectSession: r.sessions, sallyport.SubjectLogin: r.logins,
 	} {

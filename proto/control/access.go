@@ -18,7 +18,8 @@ const (
 )
 
 // access says who may call what; everything else is refused. Operators, and
-// this machine's own user or root on the unix socket, may call everything. A
+// this machine's own user or root on the unix socket, may call everything; only
+// they may take a backup, which holds what no daemon gets to see as a whole. A
 // gateway, the daemon that strangers talk to, may ask and may not write.
 var access = map[string]map[string]rule{
 	KindGateway: {

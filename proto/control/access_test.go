@@ -12,7 +12,7 @@ import (
 
 // allMethods are those of the generated services.
 func allMethods() (methods []string) {
-	for _, d := range []grpc.ServiceDesc{pb.Records_ServiceDesc, pb.Policy_ServiceDesc, pb.Revoker_ServiceDesc} {
+	for _, d := range []grpc.ServiceDesc{pb.Records_ServiceDesc, pb.Policy_ServiceDesc, pb.Revoker_ServiceDesc, pb.Backuper_ServiceDesc, pb.Keys_ServiceDesc} {
 		for _, m := range d.Methods {
 			methods = append(methods, "/"+d.ServiceName+"/"+m.MethodName)
 		}
@@ -40,7 +40,7 @@ func TestAccess(t *testing.T) {
 		"Records/Apply": &pb.ApplyRequest{},
 	}
 	methods := allMethods()
-	if len(methods) != 11 {
+	if len(methods) != 15 {
 		t.Errorf("%d methods; who may call the new one?", len(methods))
 	}
 	for kind, allowed := range may {

@@ -13,7 +13,7 @@ func TestCachedOverTheWire(t *testing.T) {
 		p := newPKI(t)
 		ln := listen(t, "127.0.0.1:0")
 		server := storetest.Serve(t, nil)
-		serve(t, ln, p.server(control.KindCached), control.Services{Records: server, Lister: server, Revoker: server})
+		serve(t, ln, p.server(control.KindCached), control.Services{Records: server, Lister: server, Revoker: server, Backuper: server})
 		return dial(t, p.client(control.KindOperator, control.KindCached), ln.Addr().String()).Records()
 	})
 }

@@ -284,6 +284,11 @@ func TestFrozenServiceIsNoticed(t *testing.T) {
 		t.Error("a frozen service answered")
 	}
 	within(t, time.Second, "a call on a new connection", start)
+	start = time.Now()
+	if err := svc.backuper.Backup(t.Context(), io.Discard); sallyport.CodeOf(err) != control.CodeUnavailable {
+		t.Errorf("backup: got %v; want %s", err, control.CodeUnavailable)
+	}
+	within(t, control.Silence+control.Pulse, "a backup of a frozen service", start)
 
 	daemon.signal(t, syscall.SIGCONT)
 	eventually(t, 2*time.Second, func() bool { return ask(time.Second) == nil })

@@ -12,24 +12,29 @@ import (
 )
 
 // Records is cached at the other end of a client. It implements
-// sallyport.Records, Lister, Revoker and KeyKeeper. An Apply or Revoke that fails with
-// CodeTimeout or CodeUnavailable may have happened.
+// sallyport.Records, Lister, Revoker, Backuper and KeyKeeper. An Apply or Revoke
+// that fails with CodeTimeout or CodeUnavailable may have happened.
 type Records struct {
 	client *Client
 	rpc    pb.RecordsClient
 	revoker
+	backuper
 	keyKeeper
 }
 
 var (
-	_ sallyport.Records = (*Records)(nil)
-	_ sallyport.Lister  = (*Records)(nil)
-	_ sallyport.Revoker = (*Records)(nil)
+	_ sallyport.Records  = (*Records)(nil)
+	_ sallyport.Lister   = (*Records)(nil)
+	_ sallyport.Revoker  = (*Records)(nil)
+	_ sallyport.Backuper = (*Records)(nil)
 )
 
 // Records returns the client's view of cached.
 func (c *Client) Records() *Records {
-	return &Records{client: c, rpc: pb.NewRecordsClient(unaryConn{c}), revoker: revoker{pb.NewRevokerClient(unaryConn{c})}, keyKeeper: keyKeeper{pb.NewKeysClient(unaryConn{c})}}
+	return &Records{
+		client: c, rpc: pb.NewRecordsClient(unaryConn{c}), revoker: revoker{pb.NewRevokerClient(unaryConn{c})},
+		backuper: backuper{c}, keyKeeper: keyKeeper{pb.NewKeysClient(unaryConn{c})},
+	}
 }
 
 // Get implements sallyport.Records.

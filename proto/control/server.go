@@ -20,6 +20,7 @@ type Services struct {
 	Records    sallyport.Records
 	Lister     sallyport.Lister
 	Revoker    sallyport.Revoker
+	Backuper   sallyport.Backuper
 	Keys       sallyport.KeyKeeper // operators only
 	Authorizer sallyport.Authorizer
 	Explainer  sallyport.Explainer
@@ -79,6 +80,9 @@ func NewServer(tlsConf *tls.Config, domain string, s Services, log logging.Logge
 	}
 	if s.Revoker != nil {
 		pb.RegisterRevokerServer(srv.grpc, &revokerServer{revoker: s.Revoker})
+	}
+	if s.Backuper != nil {
+		pb.RegisterBackuperServer(srv.grpc, &backuperServer{backuper: s.Backuper})
 	}
 	return srv
 }

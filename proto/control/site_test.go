@@ -3,6 +3,7 @@ package control_test
 import (
 	"context"
 	"errors"
+	"io"
 	"slices"
 	"strings"
 	"sync"
@@ -21,6 +22,9 @@ type site struct {
 	reports  []string
 	changed  chan struct{} // closed and replaced at each change
 	history  []sallyport.WatchEvent
+
+	backup    []byte
+	backupErr error // instead of its second half
 }
 
 const epoch = sallyport.Epoch("e1")
@@ -149,6 +153,18 @@ func (s *site) Revoke(ctx context.Context, r sallyport.Revocation) (sallyport.Re
 	}
 	rev, err := s.Apply(ctx, batch)
 	return sallyport.Revoked{Sessions: len(batch), Durable: true, Revision: rev}, err
+}
+
+func (s *site) Backup(_ context.Context, w io.Writer) error {
+	for _, half := range [][]byte{s.backup[:len(s.backup)/2], s.backup[len(s.backup)/2:]} {
+		if _, err := w.Write(half); err != nil {
+			return err
+		}
+		if s.backupErr != nil {
+			return s.backupErr
+		}
+	}
+	return nil
 }
 
 // lister has a List of its own, as policy below has: the interfaces share names.

@@ -1,8 +1,10 @@
 package control_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"io"
 	"net/netip"
 	"slices"
 	"strings"
@@ -20,6 +22,7 @@ type services struct {
 	sallyport.Records
 	lister    sallyport.Lister
 	revoker   sallyport.Revoker
+	backuper  sallyport.Backuper
 	authorize sallyport.Authorizer
 	explain   sallyport.Explainer
 	changes   sallyport.Changes
@@ -27,7 +30,7 @@ type services struct {
 }
 
 func direct(s *site) services {
-	return services{s, lister{s}, s, policy{s}, policy{s}, policy{s}, policy{s}}
+	return services{s, lister{s}, s, s, policy{s}, policy{s}, policy{s}, policy{s}}
 }
 
 // TestSuite runs each interface directly, over loopback mTLS and over a unix
@@ -57,6 +60,8 @@ func TestSuite(t *testing.T) {
 		{"changes", testChanges},
 		{"posture", testPosture},
 		{"revoke", testRevoke},
+		{"backup", testBackup},
+		{"backup fails", testBackupFails},
 	}
 	for _, way := range ways {
 		for _, c := range cases {
@@ -337,3 +342,26 @@ func testRevoke(t *testing.T, _ *site, svc services) {
 		t.Errorf("the session is still there: %v", err)
 	}
 }
+
+func testBackup(t *testing.T, s *site, svc services) {
+	s.backup = bytes.Repeat([]byte("backup "), 1<<17) // more than three parts
+	var got bytes.Buffer
+	if err := svc.backuper.Backup(t.Context(), &got); err != nil || !bytes.Equal(got.Bytes(), s.backup) {
+		t.Errorf("got %d bytes, %v; want the %d of the backup", got.Len(), err, len(s.backup))
+	}
+	full := errors.New("no space left")
+	if err := svc.backuper.Backup(t.Context(), failingWriter{full}); !errors.Is(err, full) {
+		t.Errorf("got %v; want the writer's error", err)
+	}
+}
+
+func testBackupFails(t *testing.T, s *site, svc services) {
+	s.backupErr = &sallyport.Error{Outcome: sallyport.OutcomeUnavailable, Code: "storage.failed", Message: "the disk failed"}
+	if err := svc.backuper.Backup(t.Context(), io.Discard); sallyport.CodeOf(err) != "storage.failed" {
+		t.Errorf("got %v; want storage.failed", err)
+	}
+}
+
+type failingWriter struct{ err error }
+
+func (w failingWriter) Write([]byte) (int, error) { return 0, w.err }

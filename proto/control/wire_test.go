@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -52,7 +53,7 @@ func (p pki) client(kind, to string) *tls.Config {
 // all is what both daemons together offer.
 func all(s *site) control.Services {
 	return control.Services{
-		Records: s, Lister: lister{s}, Revoker: s,
+		Records: s, Lister: lister{s}, Revoker: s, Backuper: s,
 		Authorizer: policy{s}, Explainer: policy{s}, Changes: policy{s}, Posture: policy{s},
 	}
 }
@@ -96,7 +97,7 @@ func dial(t testing.TB, conf *tls.Config, addrs ...string) *control.Client {
 
 func remote(c *control.Client) services {
 	r, p := c.Records(), c.Policy()
-	return services{r, r, r, p, p, p, p}
+	return services{r, r, r, r, p, p, p, p}
 }
 
 func overTLS(t *testing.T, s *site) services {
@@ -169,6 +170,7 @@ func TestServicesHaveTheirRights(t *testing.T) {
 		_, err := s.authorize.Authorize(ctx, []sallyport.Request{question("a", 22)})
 		return err
 	}
+	backup := func(s services) error { return s.backuper.Backup(ctx, io.Discard) }
 	tests := []struct {
 		name string
 		err  error
@@ -185,6 +187,10 @@ func TestServicesHaveTheirRights(t *testing.T) {
 		{"authd changes the policy", apply(as("authd"), sallyport.KindConfig), false},
 		{"authd decides", authorize(as("authd")), false},
 		{"operator changes the policy", apply(as("operator"), sallyport.KindConfig), true},
+		{"gateway takes a backup", backup(as("gateway")), false},
+		{"policyd takes a backup", backup(as("policyd")), false},
+		{"authd takes a backup", backup(as("authd")), false},
+		{"operator takes a backup", backup(as("operator")), true},
 		{"nobody we know asks", authorize(as("printer")), false},
 	}
 	for _, tt := range tests {

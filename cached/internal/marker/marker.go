@@ -36,6 +36,16 @@ type Marker struct {
 	mu       sync.Mutex // guards what follows
 	Store    string     `json:"store"` // empty while making, and if the text cannot be read
 	Revision uint64     `json:"revision"`
+	// Next is on the way to take the store's place; nil: none is.
+	Next *Next `json:"next,omitempty"`
+}
+
+// Next is a store that takes the place of another one.
+type Next struct {
+	Store    string `json:"store"`
+	Revision uint64 `json:"revision"`
+	// Aside is what is added to the name of the store before it.
+	Aside string `json:"aside"`
 }
 
 // Open opens the lock file and locks it for as long as it is open; another process
@@ -43,14 +53,44 @@ type Marker struct {
 // which looks for what a store would have left, returns an error; nil: nothing can
 // have been left here.
 func Open(path string, fresh func() error) (*Marker, error) {
-	f, err := open(path)
-	if errors.Is(err, os.ErrNotExist) {
+	return openOr(path, func() error {
 		if fresh != nil {
 			if err := fresh(); err != nil {
-				return nil, err
+				return err
 			}
 		}
-		if err := create(path); err != nil {
+		return create(path, making)
+	})
+}
+
+// Take is Open for somebody who puts the store in order: where the marker is
+// missing it makes one that vouches for no store, and others refuse what is there
+// until a write says otherwise.
+func Take(path string) (*Marker, error) {
+	return openOr(path, func() error { return create(path, nothing) })
+}
+
+// Revision returns the revision in the marker at path, which may be in use.
+func Revision(path string) (uint64, error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return 0, err
+	}
+	var m Marker
+	if err := json.Unmarshal(text, &m); err != nil {
+		return 0, fmt.Errorf("%s is damaged", path)
+	}
+	if m.Next != nil {
+		return max(m.Revision, m.Next.Revision), nil
+	}
+	return m.Revision, nil
+}
+
+// openOr opens and locks the marker, and has it made if there is none.
+func openOr(path string, make func() error) (*Marker, error) {
+	f, err := open(path)
+	if errors.Is(err, os.ErrNotExist) {
+		if err := make(); err != nil {
 			return nil, err
 		}
 		f, err = open(path)
@@ -76,7 +116,7 @@ func Open(path string, fresh func() error) (*Marker, error) {
 		return nil, errors.Join(err, f.Close())
 	}
 	if m.Making = bytes.Equal(text, padded(making)); !m.Making && json.Unmarshal(text, m) != nil {
-		m.Store, m.Revision = "", 0 // it still says that there was a store, but not which
+		m.Store, m.Revision, m.Next = "", 0, nil // it still says that there was a store, but not which
 	}
 	return m, nil
 }
@@ -85,18 +125,22 @@ func open(path string) (*os.File, error) {
 	return os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW, 0)
 }
 
-// making is what a marker says until the store is there.
-const making = `{"making":true}`
+const (
+	// making is what a marker says until the store is there.
+	making = `{"making":true}`
+	// nothing is what one says that vouches for no store.
+	nothing = `{}`
+)
 
 // create puts the first marker down whole or not at all, so that an empty one is
 // always a damaged one.
-func create(path string) error {
+func create(path, text string) error {
 	tmp := path + ".new"
 	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return err
 	}
-	_, err = f.Write(padded(making))
+	_, err = f.Write(padded(text))
 	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
 	}
@@ -114,6 +158,30 @@ func padded(text string) []byte {
 	return append(append([]byte(text), bytes.Repeat([]byte{' '}, size-1-len(text))...), '\n')
 }
 
+// Fits reports whether a store that is at a revision may be the one that was written
+// last.
+func (m *Marker) Fits(store string, revision uint64) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if n := m.Next; n != nil && n.Store == store {
+		return n.Revision <= revision
+	}
+	return m.Making || m.Store == store && m.Revision <= revision
+}
+
+// Expect puts down, for good, that next takes the store's place from now on.
+func (m *Marker) Expect(next Next) error {
+	m.mu.Lock()
+	m.Next = &next
+	m.synced = 0
+	revision := m.Revision
+	m.mu.Unlock()
+	if err := m.Write(revision); err != nil {
+		return err
+	}
+	return m.Sync()
+}
+
 // Adopt makes the marker that of the store; the next write puts it down.
 func (m *Marker) Adopt(store string) {
 	m.mu.Lock()
@@ -121,6 +189,7 @@ func (m *Marker) Adopt(store string) {
 	if m.Store != store {
 		m.Store, m.Revision = store, 0
 	}
+	m.Next, m.synced = nil, 0
 }
 
 // Write puts the revision down. It follows what is durable already, so the marker is

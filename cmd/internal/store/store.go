@@ -13,6 +13,7 @@ import (
 	"sallyport/cached/sqlite"
 	"sallyport/cmd/internal/config"
 	"sallyport/cmd/internal/run"
+	"sallyport/internal/keyring"
 )
 
 // Open opens the records of the process and keeps them going until it ends.
@@ -33,7 +34,7 @@ func Open(p *run.Process) (*cached.Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	engine, err := openEngine(p)
+	engine, err := openEngine(p, key)
 	if err != nil {
 		return nil, err
 	}
@@ -54,22 +55,29 @@ func Open(p *run.Process) (*cached.Server, error) {
 }
 
 // openEngine opens the engine and closes it at the end of the process.
-func openEngine(p *run.Process) (cached.Store, error) {
+func openEngine(p *run.Process, key keyring.KEK) (cached.Store, error) {
 	layout, log, cfg := p.Config.Layout(), p.Log.Named("cached"), p.Config.Cached
 	if !cfg.OnPostgres() {
-		s, err := sqlite.Open(layout.Database(), sqlite.Config{Log: log})
+		s, err := sqlite.Open(layout.Database(), sqlite.Config{JournalKey: key, Log: log})
 		if err != nil {
 			return nil, err
 		}
 		p.AtEnd(s.Close)
 		return s, nil
 	}
-	s, err := postgres.Open(p.Context(), postgres.Config{
-		URL: cfg.Store, PasswordFile: cfg.StorePasswordFile, Marker: layout.PostgresMarker(), Log: log,
-	})
+	onDatabase := onPostgres(p.Config)
+	onDatabase.Log = log
+	s, err := postgres.Open(p.Context(), onDatabase)
 	if err != nil {
 		return nil, err
 	}
 	p.AtEnd(s.Close)
 	return s, nil
+}
+
+// onPostgres says where the store in PostgreSQL is.
+func onPostgres(f *config.File) postgres.Config {
+	return postgres.Config{
+		URL: f.Cached.Store, PasswordFile: f.Cached.StorePasswordFile, Marker: f.Layout().PostgresMarker(),
+	}
 }

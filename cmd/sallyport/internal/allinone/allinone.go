@@ -49,7 +49,9 @@ func StartWith(p *run.Process, between func(daemons.Decider) daemons.Decider) er
 	if err != nil {
 		return err
 	}
-	daemons.ServeControl(p, "cached socket", ls.cached, nil, control.Services{Records: records, Lister: records, Revoker: records, Keys: records})
+	daemons.ServeControl(p, "cached socket", ls.cached, nil, control.Services{
+		Records: records, Lister: records, Revoker: records, Backuper: records, Keys: records,
+	})
 	daemons.ServeControl(p, "policyd socket", ls.policyd, nil, control.Services{
 		Authorizer: decider, Explainer: decider, Changes: decider, Posture: decider, Revoker: decider,
 	})
