@@ -105,10 +105,10 @@ func (s *Server) readRing(read func() (Row, error)) error {
 	return nil
 }
 
-// use makes seal the server's.
+// use makes seal the server's, and has older keys replaced if it has a new one.
 func (s *Server) use(seal *sealer) {
-	s.sealer.Store(seal)
-	if len(seal.keys) > 1 {
+	old := s.sealer.Swap(seal)
+	if len(seal.keys) > 1 && (old == nil || old.active.id != seal.active.id) {
 		select {
 		case s.replaced <- struct{}{}:
 		default:

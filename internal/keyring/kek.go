@@ -53,7 +53,7 @@ func kekOf(raw ...[]byte) (KEK, error) {
 		}
 		s := secretOf(key)
 		for _, other := range k.keys {
-			if *other.key == *s.key {
+			if bytes.Equal(other.key(), s.key()) {
 				return KEK{}, errors.New("holds one key twice")
 			}
 		}
@@ -87,7 +87,7 @@ func plausible(key []byte) error {
 func (k KEK) Pack() []byte {
 	var b []byte
 	for _, s := range k.keys {
-		b = append(b, s.key[:]...)
+		b = append(b, s.key()...)
 	}
 	return b
 }
@@ -104,7 +104,7 @@ func UnpackKEK(b []byte) (KEK, error) {
 func (k KEK) Text() []byte {
 	var b []byte
 	for _, s := range k.keys {
-		b = append(hex.AppendEncode(b, s.key[:]), '\n')
+		b = append(hex.AppendEncode(b, s.key()), '\n')
 	}
 	return b
 }

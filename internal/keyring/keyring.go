@@ -112,7 +112,7 @@ func (r Ring) Seal(kek KEK) ([]byte, error) {
 	for _, k := range r.keys {
 		w := wrappedKey{ID: k.ID, Created: k.Created, Wrapped: make([]byte, aead.NonceSize(), aead.NonceSize()+Size+aead.Overhead())}
 		rand.Read(w.Wrapped)
-		w.Wrapped = aead.Seal(w.Wrapped, w.Wrapped, k.Secret.key[:], w.bound(r.purpose))
+		w.Wrapped = aead.Seal(w.Wrapped, w.Wrapped, k.Secret.key(), w.bound(r.purpose))
 		doc.Keys = append(doc.Keys, w)
 	}
 	return json.Marshal(doc)
@@ -144,7 +144,7 @@ func Open(doc []byte, purpose string, kek KEK) (r Ring, stale bool, err error) {
 	}
 	// The order is bound to the keys, not to how they lie in the document.
 	slices.SortStableFunc(r.keys, func(a, b Key) int { return b.Created.Compare(a.Created) })
-	return r, by.key != kek.keys[0].key, nil
+	return r, d.KEK != idOf(kek.keys[0]), nil
 }
 
 // Description is what a ring's document says in plain.

@@ -1,6 +1,7 @@
 package keyring
 
 import (
+	"bytes"
 	"crypto/hkdf"
 	"crypto/rand"
 	"crypto/sha256"
@@ -13,22 +14,26 @@ import (
 // Size is the length of a key in bytes.
 const Size = 32
 
-// Secret is a key. It lies behind a pointer, so that no way of printing whatever
-// holds one shows it. The zero Secret is none.
-type Secret struct{ key *[Size]byte }
+// Secret is a key. A function has it: package fmt follows every pointer of a struct's
+// hidden fields, but calls nothing, so that no way of printing whatever holds a
+// Secret shows the key. The zero Secret is none.
+type Secret struct{ key func() []byte }
 
 func newSecret() Secret {
-	s := Secret{new([Size]byte)}
-	rand.Read(s.key[:])
-	return s
+	b := make([]byte, Size)
+	rand.Read(b)
+	return Secret{func() []byte { return b }}
 }
 
 // secretOf copies b, which has Size bytes.
-func secretOf(b []byte) Secret { return Secret{(*[Size]byte)(append([]byte(nil), b...))} }
+func secretOf(b []byte) Secret {
+	b = bytes.Clone(b)
+	return Secret{func() []byte { return b }}
+}
 
 // Derive returns Size bytes for one purpose (HKDF-SHA256, RFC 5869).
 func (s Secret) Derive(purpose string) []byte {
-	b, err := hkdf.Key(sha256.New, s.key[:], nil, purpose, Size)
+	b, err := hkdf.Key(sha256.New, s.key(), nil, purpose, Size)
 	if err != nil {
 		panic(err) // only of lengths that HKDF cannot give
 	}
