@@ -247,25 +247,39 @@ func TestCase_L13_NoSecretInABackup(t *testing.T) {
 	}
 }
 
-// TestRestore_AcrossEngines takes records from SQLite to PostgreSQL and back.
+// TestRestore_AcrossEngines takes records from SQLite to PostgreSQL and back. With
+// the journal of the SQLite store, sessions come along.
 func TestRestore_AcrossEngines(t *testing.T) {
 	db := postgrestest.Start(t)
 	sqlite := newCachedAlone(t, "")
 	sqlite.fill("first", 1500)
+	for _, id := range []string{"stays", "ends"} {
+		if _, err := sqlite.Records().Apply(t.Context(), []sallyport.Op{sallyport.Put(sallyport.KindSession, id, sallyport.Session{ID: sallyport.SessionID(id)})}); err != nil {
+			t.Fatal(err)
+		}
+	}
 	first := sqlite.backup()
+	if _, err := sqlite.Records().Revoke(t.Context(), sallyport.Revocation{Subjects: []sallyport.Subject{{Kind: sallyport.SubjectSession, ID: "ends"}}}); err != nil {
+		t.Fatal(err)
+	}
 	reached := sqlite.fill("lost", 4500)
 	sqlite.stop()
 
 	postgres := sqlite.on(fmt.Sprintf(`store: %q, store_password_file: %q`, db.URL(db.Database(t)), db.PasswordFile()))
-	wantWords(t, postgres.operator(0, "restore", first, "--config", postgres.file).Stdout, "no journal covers the time since the backup (PostgreSQL has none)")
+	journal := filepath.Join(sqlite.dir, "data", "cached.db.journal")
+	wantWords(t, postgres.operator(0, "restore", first, "--config", postgres.file, "--journal", journal).Stdout,
+		"1 session ended since the backup stays ended, 1 session lives on")
 	postgres.start()
 	postgres.holds("first", 1500)
+	if list, err := postgres.Records().List(t.Context(), sallyport.KindSession); err != nil || len(list) != 1 || list[0].ID != "stays" {
+		t.Errorf("got sessions %v, %v; want the one that was not revoked", list, err)
+	}
 	postgres.fill("second", 1500)
 	second := postgres.backup()
 	// Once more into a database that is in use: what was there goes, and all of it.
 	postgres.operator(1, "restore", first, "--config", postgres.file)
 	postgres.stop()
-	postgres.operator(0, "restore", first, "--config", postgres.file)
+	wantWords(t, postgres.operator(0, "restore", first, "--config", postgres.file).Stdout, "no journal covers the time since the backup (PostgreSQL has none)")
 	postgres.start()
 	postgres.holds("first", 1500)
 	postgres.stop()
