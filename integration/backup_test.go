@@ -247,24 +247,39 @@ func TestCase_L13_NoSecretInABackup(t *testing.T) {
 	}
 }
 
-// TestRestore_AcrossEngines takes records from SQLite to PostgreSQL and back.
+// TestRestore_AcrossEngines takes records from SQLite to PostgreSQL and back. With
+// the journal of the SQLite store, sessions come along.
 func TestRestore_AcrossEngines(t *testing.T) {
 	db := postgrestest.Start(t)
 	sqlite := newCachedAlone(t, "")
 	sqlite.fill("first", 1500)
+	for _, id := range []string{"stays", "ends"} {
+		if _, err := sqlite.Records().Apply(t.Context(), []sallyport.Op{sallyport.Put(sallyport.KindSession, id, sallyport.Session{ID: sallyport.SessionID(id)})}); err != nil {
+			t.Fatal(err)
+		}
+	}
 	first := sqlite.backup()
+	if _, err := sqlite.Records().Revoke(t.Context(), sallyport.Revocation{Subjects: []sallyport.Subject{{Kind: sallyport.SubjectSession, ID: "ends"}}}); err != nil {
+		t.Fatal(err)
+	}
+	reached := sqlite.fill("lost", 4500)
 	sqlite.stop()
 
 	postgres := sqlite.on(fmt.Sprintf(`store: %q, store_password_file: %q`, db.URL(db.Database(t)), db.PasswordFile()))
-	wantWords(t, postgres.operator(0, "restore", first, "--config", postgres.file).Stdout, "no journal covers the time since the backup (PostgreSQL has none)")
+	journal := filepath.Join(sqlite.dir, "data", "cached.db.journal")
+	wantWords(t, postgres.operator(0, "restore", first, "--config", postgres.file, "--journal", journal).Stdout,
+		"1 session ended since the backup stays ended, 1 session lives on")
 	postgres.start()
 	postgres.holds("first", 1500)
+	if list, err := postgres.Records().List(t.Context(), sallyport.KindSession); err != nil || len(list) != 1 || list[0].ID != "stays" {
+		t.Errorf("got sessions %v, %v; want the one that was not revoked", list, err)
+	}
 	postgres.fill("second", 1500)
 	second := postgres.backup()
 	// Once more into a database that is in use: what was there goes, and all of it.
 	postgres.operator(1, "restore", first, "--config", postgres.file)
 	postgres.stop()
-	postgres.operator(0, "restore", first, "--config", postgres.file)
+	wantWords(t, postgres.operator(0, "restore", first, "--config", postgres.file).Stdout, "no journal covers the time since the backup (PostgreSQL has none)")
 	postgres.start()
 	postgres.holds("first", 1500)
 	postgres.stop()
@@ -272,6 +287,9 @@ func TestRestore_AcrossEngines(t *testing.T) {
 	wantWords(t, sqlite.operator(0, "restore", second, "--config", sqlite.file).Stdout, "no journal covers the time since the backup")
 	sqlite.start()
 	sqlite.holds("second", 1500)
+	if next := sqlite.fill("third", 1); next <= reached {
+		t.Errorf("revision %d was given out again: %d was before", next, reached)
+	}
 	sqlite.stop()
 }
 
@@ -290,7 +308,7 @@ func TestRestore_InPlaceTakesAnOlderFile(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.fill("second", 10)
+	reached := c.fill("second", 1500)
 	c.stop()
 	if err := os.WriteFile(database, old, 0o600); err != nil {
 		t.Fatal(err)
@@ -303,6 +321,9 @@ func TestRestore_InPlaceTakesAnOlderFile(t *testing.T) {
 	c.holds("first", 10)
 	if list, err := records.List(t.Context(), sallyport.KindSession); err != nil || len(list) > 0 {
 		t.Errorf("got sessions %v, %v; want none", list, err)
+	}
+	if next := c.fill("third", 10); next <= reached {
+		t.Errorf("revision %d was given out again: %d was before", next, reached)
 	}
 	c.stop()
 }
@@ -425,8 +446,9 @@ func (c *cachedAlone) operator(exit int, args ...string) stack.Result {
 	return r
 }
 
-// fill writes n records that say the name, in the place of all others.
-func (c *cachedAlone) fill(name string, n int) {
+// fill writes n records that say the name, in the place of all others, and returns
+// the revision of the last ones.
+func (c *cachedAlone) fill(name string, n int) (last sallyport.Revision) {
 	c.t.Helper()
 	records := c.start()
 	const group = 500
@@ -435,10 +457,12 @@ func (c *cachedAlone) fill(name string, n int) {
 		for i := from; i < min(n, from+group); i++ {
 			batch = append(batch, sallyport.Put(sallyport.KindRecord, fmt.Sprintf("which/%d", i), map[string]string{"which": name}))
 		}
-		if _, err := records.Apply(c.t.Context(), batch); err != nil {
+		var err error
+		if last, err = records.Apply(c.t.Context(), batch); err != nil {
 			c.t.Fatal(err)
 		}
 	}
+	return last
 }
 
 // backup takes a backup into a file.

@@ -1,10 +1,12 @@
 package postgres
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -50,10 +52,8 @@ func newPool(cfg Config) (*pgxpool.Pool, *primary, error) {
 	if params["application_name"] == "" {
 		params["application_name"] = "sallyport-cached"
 	}
-	if params["search_path"] == "" {
-		params["search_path"] = defaultSchema
-	}
-	p := &primary{schema: params["search_path"], several: len(c.ConnConfig.Fallbacks) > 0, log: cfg.Log}
+	params["search_path"] = cmp.Or(cfg.schema, params["search_path"], defaultSchema)
+	p := &primary{schema: params["search_path"], sole: cfg.sole, several: len(c.ConnConfig.Fallbacks) > 0, log: cfg.Log}
 	if c.ConnConfig.ConnectTimeout == 0 || c.ConnConfig.ConnectTimeout > 2*time.Second {
 		c.ConnConfig.ConnectTimeout = 2 * time.Second
 	}
@@ -87,6 +87,7 @@ func readPassword(path string, c *pgconn.Config) error {
 // primary says which servers may be talked to.
 type primary struct {
 	schema  string
+	sole    bool // nobody else shall use the store
 	several bool // hosts in the URL
 	log     logging.Logger
 
@@ -112,6 +113,9 @@ func (p *primary) guard(c *pgconn.Config) {
 	}
 	c.ValidateConnect = func(ctx context.Context, conn *pgconn.PgConn) error {
 		err := p.check(ctx, conn)
+		if err == nil {
+			err = p.enter(ctx, conn)
+		}
 		connected.Store(err == nil)
 		return err
 	}
@@ -147,6 +151,26 @@ func (p *primary) check(ctx context.Context, conn *pgconn.PgConn) error {
 	}
 	p.timeline = timeline
 	return nil
+}
+
+// enter has the connection hold the store's lock of use for as long as it lasts:
+// together with others, or alone.
+func (p *primary) enter(ctx context.Context, conn *pgconn.PgConn) error {
+	text := `SELECT pg_try_advisory_lock_shared($1, hashtext($2))`
+	if p.sole {
+		text = `SELECT pg_try_advisory_lock($1, hashtext($2))`
+	}
+	args := [][]byte{[]byte(strconv.Itoa(advisoryUse)), []byte(p.schema)}
+	answer := conn.ExecParams(ctx, text, args, nil, nil, nil).Read()
+	switch {
+	case answer.Err != nil:
+		return answer.Err
+	case string(answer.Rows[0][0]) == "t":
+		return nil
+	case p.sole:
+		return passed{inUse()}
+	}
+	return errors.New("another store is about to take its place")
 }
 
 // shun has the other hosts tried first, and reports whether there are any.

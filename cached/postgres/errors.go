@@ -114,6 +114,15 @@ func (s *Store) corrupt(message string, cause error) error {
 	}
 }
 
+func inUse() error {
+	return &sallyport.Error{
+		Outcome: sallyport.OutcomeInternal,
+		Code:    "storage.in_use",
+		Message: "another process has the record store open",
+		Hint:    "stop every cached that uses this database, on all machines",
+	}
+}
+
 // rolledBack returns the refusal to start from a database that is not the one that
 // was written last.
 func (s *Store) rolledBack(revision uint64, m *marker.Marker) error {
@@ -125,7 +134,7 @@ func (s *Store) rolledBack(revision uint64, m *marker.Marker) error {
 		Outcome: sallyport.OutcomeInternal,
 		Code:    "storage.rolled_back",
 		Message: message,
-		Hint: "bring back the database as it was; or run `sallyport restore --in-place --config FILE`, " +
-			"which takes it as it is and ends every session",
+		Hint: fmt.Sprintf("if a backup was restored into it from another machine, move %s away; else bring back the database as it was; "+
+			"or run `sallyport restore --in-place --config FILE`, which takes it as it is and ends every session", s.marker.Path()),
 	}
 }

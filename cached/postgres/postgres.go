@@ -67,7 +67,9 @@ type Config struct {
 	// Log; nil: nothing is logged.
 	Log logging.Logger
 
-	step func() // told before each step of a replacement, in tests
+	schema string // empty: that of the URL
+	sole   bool   // nobody else may have the store open
+	step   func() // told before each step of a replacement, in tests
 }
 
 // Bounds of what one store takes of PostgreSQL. Each read that lasts (a snapshot

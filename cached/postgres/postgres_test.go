@@ -17,6 +17,13 @@ import (
 var cluster *postgrestest.Cluster
 
 func TestMain(m *testing.M) {
+	if text := os.Getenv(replaceEnv); text != "" {
+		if err := replaceAndDie(text); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	var err error
 	if cluster, err = postgrestest.New(); err != nil {
 		fmt.Fprintln(os.Stderr, err)

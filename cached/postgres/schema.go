@@ -53,6 +53,10 @@ var schema = []string{`
 // advisory is the first half of the lock under which a schema is made or changed.
 const advisory = 0x534c5054 // "SLPT"
 
+// advisoryUse is the first half of the lock that every connection holds, shared,
+// and who replaces the store alone.
+const advisoryUse = advisory + 1
+
 // prepare leaves the database as this version wants it, in one transaction, or
 // refuses it. Of several servers that begin at once, one makes the store and the
 // others find it.

@@ -348,13 +348,9 @@ func createJournal(path string, size int64, key []byte, head cached.Head) (j *jo
 			j, err = nil, errors.Join(err, f.Close(), remove(tmp))
 		}
 	}()
-	if err := f.Truncate(size); err != nil {
+	// Blocks that were written once are flushed in half the time of reserved ones.
+	if _, err := f.WriteAt(make([]byte, size), 0); err != nil {
 		return nil, err
-	}
-	if allocate(f, size) != nil { // then by writing
-		if _, err := f.WriteAt(make([]byte, size), 0); err != nil {
-			return nil, err
-		}
 	}
 	j = &journal{f: f, size: size / 2, side: 1}
 	j.epoch = head.Epoch

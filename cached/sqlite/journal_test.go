@@ -59,7 +59,7 @@ func readJournal(t testing.TB, path string, key keyring.KEK) cached.Journal {
 	return j
 }
 
-func TestCase_L3_TheJournalOutlivesTheDatabase(t *testing.T) {
+func TestCase_L13_TheJournalOutlivesTheDatabase(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "cached.db")
 	var want []cached.Ending
 	for round := range 3 { // a restart goes on where the last one ended

@@ -62,7 +62,7 @@ what verifies in it stays, and every session ends.`,
 	}
 	call.flags(cmd)
 	cmd.Flags().BoolVar(&ask.inPlace, "in-place", false, "take the store itself, as it is")
-	cmd.Flags().StringVar(&ask.journal, "journal", "auto", "revocation `journal`: auto (beside the database), none, or that of the database at this path")
+	cmd.Flags().StringVar(&ask.journal, "journal", "auto", "revocation `journal`: auto (beside the database), none, or a path (cached.db.journal)")
 	cmd.Flags().BoolVar(&ask.dropDamaged, "drop-damaged", false, "take what verifies of a backup that was changed, and end every session")
 	return cmd
 }
@@ -149,8 +149,8 @@ func (r *restoring) readJournal(f *config.File, kek keyring.KEK) (j *cached.Jour
 		j, why = store.Journal(f, kek)
 		return j, why, nil
 	}
-	if j, err = store.JournalAt(r.journal, kek); err != nil {
-		return nil, "", run.Usage("name the database that the journal belongs to, with a path", "--journal %s: %v", r.journal, err)
+	if j, err = store.JournalAt(strings.TrimSuffix(r.journal, ".journal"), kek); err != nil {
+		return nil, "", run.Usage("give the path of the journal, or of the database that it belongs to", "--journal %s: %v", r.journal, err)
 	}
 	return j, "", nil
 }
@@ -159,8 +159,12 @@ func (r *restoring) readJournal(f *config.File, kek keyring.KEK) (j *cached.Jour
 func restoreInPlace(ctx context.Context, f *config.File, kek keyring.KEK) (*restored, error) {
 	done := &restored{Schema: restoreSchema, InPlace: true}
 	err := store.InPlace(ctx, f, kek, func(s cached.Store) error {
+		above, err := store.Reached(f)
+		if err != nil {
+			return err
+		}
 		return audited(ctx, f, "restore of the store in place", func() (cached.Restored, error) {
-			got, err := cached.RestoreInPlace(ctx, cached.Deps{Store: s, KEK: kek}, cached.RestoreOptions{})
+			got, err := cached.RestoreInPlace(ctx, cached.Deps{Store: s, KEK: kek}, cached.RestoreOptions{Above: above})
 			done.take(got)
 			return got, err
 		})

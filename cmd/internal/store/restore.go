@@ -76,10 +76,11 @@ func JournalAt(path string, key keyring.KEK) (*cached.Journal, error) {
 // Reached is the highest revision that the store of the configuration is known to
 // have given out, also if the store is gone; 0: nobody knows.
 func Reached(f *config.File) (sallyport.Revision, error) {
+	reached, where := sqlite.Reached, f.Layout().Database()
 	if f.Cached.OnPostgres() {
-		return 0, nil
+		reached, where = postgres.Reached, f.Layout().PostgresMarker()
 	}
-	revision, err := sqlite.Reached(f.Layout().Database())
+	revision, err := reached(where)
 	if errors.Is(err, fs.ErrNotExist) {
 		return 0, nil
 	}
