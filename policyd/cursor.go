@@ -49,6 +49,7 @@ func readLogin(payload []byte, p *loginPayload) (ok bool) {
 	c.text("issuer")
 	p.Created, p.Expires, p.Authenticated = c.time("created"), c.time("expires"), c.time("authenticated")
 	p.AuthMethods = c.nested("auth_methods")
+	c.number("token_version")
 	return c.done()
 }
 
@@ -85,6 +86,20 @@ func (c *cursor) text(name string) []byte {
 	}
 	c.failed = true
 	return nil
+}
+
+// number passes over the next field, if it has the name, whose value has to be a
+// number without sign, fraction and exponent.
+func (c *cursor) number(name string) {
+	if !c.field(name) {
+		return
+	}
+	n := 0
+	for n < len(c.rest) && c.rest[n] >= '0' && c.rest[n] <= '9' {
+		n++
+	}
+	c.failed = c.failed || n == 0 || n > 1 && c.rest[0] == '0' || n > 19
+	c.rest = c.rest[n:]
 }
 
 func (c *cursor) time(name string) (t time.Time) {

@@ -60,7 +60,7 @@ func clearUnread(p any) {
 	case *sessionPayload:
 		p.Address = ""
 	case *loginPayload:
-		p.Issuer = ""
+		p.Issuer, p.TokenVersion = "", 0
 	}
 }
 
@@ -72,7 +72,7 @@ func TestCursorKnowsEveryField(t *testing.T) {
 		ID: "s", Login: "l", User: "u", Device: "d", Kind: sallyport.AgentSession, Created: now, Expires: now,
 		Claims: map[string]any{"a": "b"}, AuthMethods: []string{"pwd"}, Address: "192.0.2.1",
 	}
-	l := sallyport.Login{ID: "l", User: "u", Issuer: "i", Created: now, Expires: now, Authenticated: now, AuthMethods: []string{"pwd"}}
+	l := sallyport.Login{ID: "l", User: "u", Issuer: "i", Created: now, Expires: now, Authenticated: now, AuthMethods: []string{"pwd"}, TokenVersion: 7}
 	for _, v := range []any{s, l} {
 		for i := range reflect.TypeOf(v).NumField() {
 			if reflect.ValueOf(v).Field(i).IsZero() {

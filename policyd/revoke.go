@@ -111,12 +111,12 @@ func (s *Server) Revoke(ctx context.Context, r sallyport.Revocation) (sallyport.
 	if err := checkRevocation(r); err != nil {
 		return sallyport.Revoked{}, err
 	}
-	before := s.revoked.Load()
+	snap, before := s.snap.Load(), s.revoked.Load()
 	added := s.override(r.Subjects)
 	s.tellRevoked(r)
 	s.replay.wake()
 	s.auditRevocation(ctx, r)
-	out := sallyport.Revoked{Sessions: s.countEnded(before, newOverrides(added))} // nobody waits for it but the caller
+	out := sallyport.Revoked{Sessions: snap.countEnded(before, newOverrides(added))} // nobody waits for it but the caller
 	if !s.replay.connected.Load() {
 		return out, nil
 	}
@@ -157,15 +157,14 @@ func (s *Server) override(subjects []sallyport.Subject) []*override {
 }
 
 // countEnded counts the sessions that were live under before and end by added.
-func (s *Server) countEnded(before, added *overrides) int {
-	snap := s.snap.Load()
-	if snap == nil {
+func (s *snapshot) countEnded(before, added *overrides) int {
+	if s == nil {
 		return 0
 	}
 	n, now := 0, time.Now()
 	var p person
-	for session := range snap.sessions.all() {
-		if added.mayEnd(session) && snap.person(sallyport.SessionID(session.id), before, now, &p) == "" && added.end(&p.Person) != "" {
+	for session := range s.sessions.all() {
+		if added.mayEnd(session) && s.person(sallyport.SessionID(session.id), before, now, &p) == "" && added.end(&p.Person) != "" {
 			n++
 		}
 	}
