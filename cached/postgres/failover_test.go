@@ -259,7 +259,8 @@ func TestCase_L12_SerializationFailure(t *testing.T) {
 			END CASE;
 			RETURN NEW;
 		END $$`,
-		`CREATE TRIGGER refuse BEFORE INSERT ON sallyport.record FOR EACH ROW EXECUTE FUNCTION sallyport.refuse()`)
+		`CREATE TRIGGER refuse BEFORE INSERT ON sallyport.record FOR EACH ROW
+			WHEN (NEW.kind = 'record') EXECUTE FUNCTION sallyport.refuse()`)
 	server := storetest.Serve(t, s)
 	rev, err := server.Apply(t.Context(), []sallyport.Op{sallyport.Put(sallyport.KindRecord, "a", 1)})
 	if err != nil || rev != 1 {
