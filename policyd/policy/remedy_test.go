@@ -12,8 +12,9 @@ import (
 	"pgregory.net/rapid"
 )
 
-// Every remedy works when it is really carried out, no part of it would do, and
-// none is missing: compared with trying everything on the question itself.
+// Every remedy works when it is really carried out; where no CEL expression has a
+// say, no part of it would do, and none is missing: compared with trying everything
+// on the question itself.
 func TestRemediesWork(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		set, text := drawSet(t)
@@ -30,6 +31,11 @@ func TestRemediesWork(t *testing.T) {
 				t.Fatalf("%s\n%v does not help", text, f.words)
 			}
 			got = append(got, abouts(h, f.changes))
+		}
+		cel := false // what an expression says is taken as it is, and a set that turns it is not found
+		a.route.each(func(c criterion) { cel = cel || c.path() == "cel" })
+		if cel {
+			return
 		}
 		slices.Sort(got)
 		got = slices.Compact(got)
