@@ -48,6 +48,7 @@ type vaultKeys struct {
 	revision sallyport.Revision
 	read     time.Time
 	stale    bool // an older key of the KEK wraps the ring
+	foreign  bool // a KEK that we were not given yet wraps the same ring by now
 	active   *vaultKey
 	byID     map[keyring.ID]*vaultKey
 }
@@ -84,7 +85,6 @@ type vaultRing struct {
 }
 
 // keys returns keys to work with, reading the ring if that was not done lately.
-// Without the records an older reading has to do: nothing can be written anyway.
 func (r *vaultRing) keys(ctx ctx) (*vaultKeys, error) {
 	return r.fresh(ctx, ringFresh)
 }
@@ -96,7 +96,7 @@ func (r *vaultRing) fresh(ctx ctx, age time.Duration) (*vaultKeys, error) {
 	}
 	next, err := r.refresh(ctx)
 	if err != nil && k != nil && sallyport.CodeOf(err) != codeWrongKey {
-		return k, nil
+		return k, nil // nothing can be written now anyway
 	}
 	return next, err
 }
@@ -116,11 +116,31 @@ func (r *vaultRing) refresh(ctx ctx) (*vaultKeys, error) {
 		return nil, err
 	}
 	k, err := openRing(rec, r.kek)
+	if sallyport.CodeOf(err) == codeWrongKey {
+		if again := r.current.Load().wrappedAnew(rec); again != nil {
+			k, err = again, nil
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
 	r.current.Store(k)
 	return k, nil
+}
+
+// wrappedAnew returns the keys again if the record holds the same active one under
+// another wrapping: another authd got the new key-encryption key first. Else nil.
+func (k *vaultKeys) wrappedAnew(rec sallyport.Record) *vaultKeys {
+	if k == nil {
+		return nil
+	}
+	about, err := keyring.Describe(rec.Payload, ringPurpose)
+	if err != nil || about.Keys[0].ID != k.active.id {
+		return nil
+	}
+	again := *k
+	again.revision, again.read, again.stale, again.foreign = rec.Revision, time.Now(), false, true
+	return &again
 }
 
 // make writes the ring that is missing: the one in use, if there is one.
@@ -293,6 +313,9 @@ func (s *Server) keepKeys(ctx ctx) error {
 func (s *Server) tendKeys(ctx ctx, k *vaultKeys) error {
 	age := s.now().Sub(k.ring.Active().Created)
 	switch {
+	case k.foreign:
+		s.log.Warn("keys of stored secrets are wrapped by a key-encryption key that is not here: a restart would fail")
+		return nil // who has it tends them
 	case !k.ring.Asked.IsZero():
 		s.log.Info("secrets are sealed by a new key from now on")
 		return s.vault.change(ctx, k, k.ring.Rotate(s.now()))

@@ -98,11 +98,25 @@ func (s *Server) readRing(read func() (Row, error)) error {
 		return fmt.Errorf("read ring of keys: %w", s.check(err))
 	}
 	seal, _, err := openRing(&row, s.kek)
-	if err != nil {
+	switch {
+	case err == nil:
+		s.use(seal)
+	case s.sealer.Load().wrappedAnew(&row):
+		s.log.Warn("keys of the records are wrapped by a key-encryption key that is not here: a restart would fail", "error", err)
+	default:
 		return s.check(err)
 	}
-	s.use(seal)
 	return nil
+}
+
+// wrappedAnew reports whether the ring's row holds the keys that are known, under
+// another wrapping: another server got the new key-encryption key first.
+func (s *sealer) wrappedAnew(row *Row) bool {
+	if !s.genuine(row) {
+		return false
+	}
+	about, err := keyring.Describe(row.Payload, ringPurpose)
+	return err == nil && about.Keys[0].ID == s.active.id
 }
 
 // use makes seal the server's, and has older keys replaced if it has a new one.
@@ -132,6 +146,22 @@ func openRing(row *Row, kek keyring.KEK) (seal *sealer, stale bool, err error) {
 		return nil, false, rolledBack(untrusted, errors.New("its ring of keys was changed"))
 	}
 	return seal, stale, nil
+}
+
+// CheckKEK returns keys.wrong if another key-encryption key wraps the store's keys. It
+// writes nothing, and says nothing of what else may be wrong with them.
+func CheckKEK(ctx context.Context, store Store, kek keyring.KEK) error {
+	row, err := store.Get(ctx, ringKey.Kind, ringKey.ID)
+	if errors.Is(err, sallyport.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if _, _, err = openRing(&row, kek); sallyport.CodeOf(err) == codeWrongKey {
+		return err
+	}
+	return nil
 }
 
 // openRing finds the keys of the rows at start. An empty store gets some.
@@ -237,6 +267,9 @@ func (s *Server) changeRing(ctx context.Context, edit func(keyring.Ring) (keyrin
 		old, err := ringOf(tx)()
 		if err != nil {
 			return Change{}, err
+		}
+		if _, _, err := openRing(&old, s.currentKEK()); err != nil {
+			return Change{}, err // we must not wrap it by a key of the past
 		}
 		ring, err := edit(v.seal.ring)
 		if err != nil {

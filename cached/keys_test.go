@@ -227,6 +227,33 @@ func TestCase_O3_TheOtherServerLearnsTheNewKey(t *testing.T) {
 	})
 }
 
+// TestCase_O3_AServerWithoutTheNewKEK goes on with the keys that it knows, does not
+// wrap them by the old one again.
+func TestCase_O3_AServerWithoutTheNewKEK(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		st, kek := shared{memory.New()}, storetest.KEK()
+		a := storetest.Run(t, cached.Deps{Store: st, KEK: kek})
+		late, err := cached.New(cached.Config{}, cached.Deps{Store: st, KEK: kek})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan error, 1)
+		go func() { ended <- late.Run(t.Context()) }()
+		next := kek.Rotated()
+		if err := a.SetKEK(t.Context(), next); err != nil {
+			t.Fatal(err)
+		}
+		pass(time.Minute)
+		apply(t, late, put(sallyport.KindUser, "u"))
+		if err := late.RotateRowKey(t.Context()); sallyport.CodeOf(err) != "keys.wrong" {
+			t.Errorf("rotation without the new key: got %v; want keys.wrong", err)
+		}
+		if ring, err := a.RowKeys(t.Context()); err != nil || ring.KEK != next.IDs()[0].String() {
+			t.Errorf("wrapped by %s, %v; want the new one", ring.KEK, err)
+		}
+	})
+}
+
 func TestRingIsNobodysRecord(t *testing.T) {
 	s := storetest.Serve(t, nil)
 	if _, err := s.Get(t.Context(), sallyport.KindKeyring, "cached"); sallyport.CodeOf(err) != "records.bad_request" {

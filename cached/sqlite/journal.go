@@ -2,6 +2,7 @@ package sqlite
 
 import (
 	"bytes"
+	"context"
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
@@ -409,6 +410,15 @@ func (j *journal) write(text []byte, at int64) error {
 	return flush(j.f)
 }
 
+// checkKey refuses a key that is not this store's, before the journal that it cannot
+// read is taken for damaged and begun anew.
+func (s *Store) checkKey(key keyring.KEK) error {
+	if key.IsZero() {
+		return nil
+	}
+	return cached.CheckKEK(context.Background(), s, key)
+}
+
 // openJournal opens the store's journal. A store without one works, but nobody can
 // tell which sessions of a backup still count.
 func (s *Store) openJournal() {
@@ -426,13 +436,29 @@ func (s *Store) openJournal() {
 	}
 }
 
+// SetJournalKey has the journal of revocations go on under another key; see
+// Config.JournalKey. What it says so far an older key of it must open.
+func (s *Store) SetJournalKey(key keyring.KEK) error {
+	s.writeMu.Lock()
+	defer s.writeMu.Unlock()
+	s.journalKeys = journalKeys(key)
+	if s.journal == nil || bytes.Equal(s.journal.key, s.journalKeys[0]) {
+		return nil
+	}
+	return s.withoutJournal(s.journal.turn(s.journalKeys[0], s.journal.reached))
+}
+
 // writeDown makes what a change ends durable in the journal. A revocation happens
 // even where that fails; but then no journal may say that it is complete.
 func (s *Store) writeDown(c *cached.Change) error {
 	if s.journal == nil || len(c.Ended) == 0 {
 		return nil
 	}
-	err := s.journal.add(c.Head.Revision, c.Ended)
+	return s.withoutJournal(s.journal.add(c.Head.Revision, c.Ended))
+}
+
+// withoutJournal goes on without the journal after a failed write of it.
+func (s *Store) withoutJournal(err error) error {
 	if err == nil {
 		return nil
 	}

@@ -152,6 +152,24 @@ func TestTheJournalFollowsTheRecordsKey(t *testing.T) {
 	}
 }
 
+// A new records key is taken over while the store is open: the old one may go before
+// the next start.
+func TestTheJournalFollowsANewKeyAtOnce(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "cached.db")
+	next := key.Rotated()
+	s := smallJournal(t, path, key)
+	must(t, end(t, s, "before"))
+	must(t, s.SetJournalKey(next))
+	must(t, end(t, s, "after"))
+	if j := readJournal(t, path, next); j.After != 0 || len(j.Ended) != 2 {
+		t.Errorf("got %+v; want both endings", j)
+	}
+	if j := readJournal(t, path, next.Newest()); j.After == 0 || len(j.Ended) != 1 {
+		t.Errorf("without the old key: got %+v; want what came after it", j)
+	}
+	must(t, s.Close())
+}
+
 // Half a group at the end was never acknowledged. Anything else that cannot be read
 // makes the journal worth nothing.
 func TestADamagedJournalCoversNothing(t *testing.T) {

@@ -154,6 +154,9 @@ func (s *Store) open(path string, cfg Config) error {
 	if err := s.load(path, cfg.Restore); err != nil {
 		return damaged(path, err)
 	}
+	if err := s.checkKey(cfg.JournalKey); err != nil {
+		return err
+	}
 	s.reserve()
 	if s.unproven == "" {
 		s.openJournal()

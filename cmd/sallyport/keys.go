@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -156,7 +158,7 @@ stores of others' secrets, within seconds of the request.
 kek-records, kek-seal: writes a new key-encryption key where the old one lies, with
 the old one behind it; daemons notice within a second and wrap their keys by it.
 Copy the file to every machine that has one, then: sallyport keys retire.`,
-		Args:      cobra.MatchAll(cobra.ExactArgs(1), cobra.OnlyValidArgs),
+		Args:      oneValidArg,
 		ValidArgs: []string{"records", "seal", "kek-records", "kek-seal"},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return rotateKey(cmd, &call, args[0])
@@ -164,6 +166,14 @@ Copy the file to every machine that has one, then: sallyport keys retire.`,
 	}
 	run.ConfigFlag(cmd, &call.file)
 	return cmd
+}
+
+// oneValidArg wants one of the command's ValidArgs.
+func oneValidArg(cmd *cobra.Command, args []string) error {
+	if len(args) != 1 || !slices.Contains(cmd.ValidArgs, args[0]) {
+		return run.Usage("", "want one of %s", strings.Join(cmd.ValidArgs, ", "))
+	}
+	return nil
 }
 
 func rotateKey(cmd *cobra.Command, call *operatorCall, what string) error {
@@ -233,7 +243,7 @@ func keysRetireCommand() *cobra.Command {
 new code; this does not wait. kek-records, kek-seal: only once the data keys are
 wrapped by the newest. Backups from before need the older key: keep a copy of it
 as long as you keep them. Older seal keys go by themselves, after 15 minutes.`,
-		Args:      cobra.MatchAll(cobra.ExactArgs(1), cobra.OnlyValidArgs),
+		Args:      oneValidArg,
 		ValidArgs: []string{"records", "kek-records", "kek-seal"},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return call.do(cmd, func(ctx context.Context, records *control.Records) error {

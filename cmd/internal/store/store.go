@@ -48,7 +48,13 @@ func Open(p *run.Process) (*cached.Server, error) {
 		if err != nil {
 			return err
 		}
-		return server.SetKEK(p.Context(), kek)
+		if err := server.SetKEK(p.Context(), kek); err != nil {
+			return err
+		}
+		if journals, ok := engine.(interface{ SetJournalKey(keyring.KEK) error }); ok {
+			return journals.SetJournalKey(kek)
+		}
+		return nil
 	})
 	p.Go("cached", server.Run)
 	return server, nil
