@@ -21,7 +21,7 @@ import (
 	"sallyport/internal/keyring"
 )
 
-var kills = flag.Int("kills", 200, "how often TestCase_L1 kills the writing process; `make crash` says 1000")
+var kills = flag.Int("kills", 200/oneIn, "how often TestCase_L1 kills the writing process; `make crash` says 1000")
 
 const crashWriters = 4
 
