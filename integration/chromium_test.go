@@ -2,6 +2,7 @@ package integration
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -216,9 +217,20 @@ func attach(t *testing.T, browser context.Context) *tab {
 	return &tab{t, ctx}
 }
 
+// do carries out steps. The debugger sometimes loses one on a page that has only just
+// come and then waits for good; nothing has been sent by then, so it may begin again.
 func (b *tab) do(steps ...chromedp.Action[chromedp.Void]) {
 	b.t.Helper()
-	if err := chromedp.Do(b.ctx, steps...); err != nil {
+	var err error
+	for range 3 {
+		ctx, cancel := context.WithTimeout(b.ctx, 15*time.Second)
+		err = chromedp.Do(ctx, steps...)
+		cancel()
+		if !errors.Is(err, context.DeadlineExceeded) {
+			break
+		}
+	}
+	if err != nil {
 		b.t.Fatalf("in the browser, at %s: %v", b.where(), err)
 	}
 }
