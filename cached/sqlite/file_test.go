@@ -23,7 +23,7 @@ var key = storetest.KEK()
 // serve returns a server over the file and what ends both.
 func serve(t testing.TB, path string) (*cached.Server, func()) {
 	t.Helper()
-	store, err := sqlite.Open(path, sqlite.Config{})
+	store, err := sqlite.Open(path, sqlite.Small())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -57,7 +57,6 @@ func helper(t *testing.T, name, path string, front ...string) *exec.Cmd {
 	return cmd
 }
 
-// crashKey is what helpers and the tests that read after them have in common.
 // openServed opens the store with a server over it that keeps house.
 func openServed(path string) (store *sqlite.Store, s *cached.Server, end func() error, err error) {
 	if store, err = sqlite.Open(path, sqlite.Config{}); err != nil {
