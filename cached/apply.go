@@ -124,15 +124,23 @@ func (q *queue) take() []*job {
 	return jobs
 }
 
+// errStartedOver is why revisions that a plan announced come to nothing when the
+// engine asks for the plan again, which announces them anew.
+var errStartedOver = &sallyport.Error{
+	Outcome: sallyport.OutcomeUnavailable,
+	Code:    "storage.started_over",
+	Message: "the record store began the write again",
+}
+
 // round writes one group of batches. The caller holds queue.busy.
 func (s *Server) round() {
 	jobs := s.queue.take()
 	var v *view
-	err := s.Ready()
+	err := s.alive()
 	if err == nil {
 		err = s.update(context.Background(), func(tx Tx) (Change, error) {
-			if v != nil { // the engine starts over
-				s.auditFailure(v, sallyport.ErrConflict)
+			if v != nil {
+				s.auditFailure(v, errStartedOver)
 			}
 			var err error
 			if v, err = s.view(tx); err != nil {

@@ -38,7 +38,7 @@ var errNotCurrent = &sallyport.Error{
 // ends.
 func (s *Server) follow(ctx context.Context) {
 	var proved time.Time
-	for ctx.Err() == nil && s.Ready() == nil {
+	for ctx.Err() == nil && s.alive() == nil {
 		begun := time.Now()
 		err := s.catchUp(ctx)
 		if err == nil && begun.Sub(proved) >= confirmEvery-pollEvery {

@@ -252,7 +252,7 @@ func (s *Server) changeRing(ctx context.Context, edit func(keyring.Ring) (keyrin
 		return ctx.Err()
 	}
 	defer func() { <-s.queue.busy }()
-	if err := s.Ready(); err != nil {
+	if err := s.alive(); err != nil {
 		return err
 	}
 	var next *sealer

@@ -100,7 +100,7 @@ func (l *lease) keep(ctx context.Context) error {
 			return nil
 		case <-l.server.ended:
 			end.Stop()
-			return fmt.Errorf("%w: %w", errLeaseLost, l.server.Ready())
+			return fmt.Errorf("%w: %w", errLeaseLost, l.server.alive())
 		case <-end.C:
 			return errLeaseLost
 		case <-look.C:

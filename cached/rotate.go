@@ -207,7 +207,7 @@ func (s *Server) recodeRows(ctx context.Context, rows []Row) (done int, err erro
 		return 0, ctx.Err()
 	}
 	defer func() { <-s.queue.busy }()
-	if err := s.Ready(); err != nil {
+	if err := s.alive(); err != nil {
 		return 0, err
 	}
 	err = s.update(ctx, func(tx Tx) (Change, error) {

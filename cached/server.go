@@ -158,9 +158,10 @@ func (s *Server) Close() error {
 	return nil
 }
 
-// readable returns nil while what the store holds may be gone by.
-func (s *Server) readable() error {
-	if err := s.Ready(); err != nil {
+// Ready returns nil while the server takes requests and what its store holds may be
+// gone by.
+func (s *Server) Ready() error {
+	if err := s.alive(); err != nil {
 		return err
 	}
 	if !s.current() {
@@ -169,8 +170,8 @@ func (s *Server) readable() error {
 	return nil
 }
 
-// Ready returns nil while the server takes requests.
-func (s *Server) Ready() error {
+// alive returns nil until the server is closed or its store broke.
+func (s *Server) alive() error {
 	if e := s.reason.Load(); e != nil {
 		return e
 	}
@@ -219,7 +220,7 @@ func (s *Server) check(err error) error {
 
 // Get implements sallyport.Records.
 func (s *Server) Get(ctx context.Context, kind sallyport.Kind, id string) (sallyport.Record, error) {
-	if err := s.readable(); err != nil {
+	if err := s.Ready(); err != nil {
 		return sallyport.Record{}, err
 	}
 	if err := reachable(kind, id); err != nil {
@@ -241,7 +242,7 @@ func (s *Server) Get(ctx context.Context, kind sallyport.Kind, id string) (sally
 // List implements sallyport.Lister. Kinds that are never streamed are refused,
 // but for the history of the configuration, which holds no secret.
 func (s *Server) List(ctx context.Context, kind sallyport.Kind) ([]sallyport.Record, error) {
-	if err := s.readable(); err != nil {
+	if err := s.Ready(); err != nil {
 		return nil, err
 	}
 	if !validKind(kind) || !kind.Streamed() && kind != sallyport.KindConfigHistory {

@@ -21,9 +21,8 @@ const (
 	itemsBytes = 1 << 20
 
 	// snapshotTime bounds how long a snapshot may hold the store's history back
-	// (in SQLite the write-ahead log grows meanwhile). A million sessions take ten
-	// seconds where nothing else runs; whoever needs longer than this would start
-	// over for ever.
+	// (in SQLite the write-ahead log grows meanwhile). A million sessions took 48 s
+	// on a busy machine; whoever needs longer than this would start over for ever.
 	snapshotTime = 5 * time.Minute
 
 	// A watch that fell further behind than this starts again with a snapshot.
@@ -33,7 +32,7 @@ const (
 
 // Watch implements sallyport.Records.
 func (s *Server) Watch(ctx context.Context, q sallyport.WatchRequest, each func(sallyport.WatchEvent) error) error {
-	if err := s.readable(); err != nil {
+	if err := s.Ready(); err != nil {
 		return err
 	}
 	for _, kind := range q.Kinds {
@@ -210,7 +209,7 @@ func (w *watch) follow(ctx context.Context) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-w.server.ended:
-			return w.server.Ready()
+			return w.server.alive()
 		case <-beat.C:
 			if !w.server.current() {
 				continue // to say nothing is to say that this may be old

@@ -40,7 +40,7 @@ var sharedCases = []struct {
 	{"a watch goes on at the other server when its own is closed", sharedContinues},
 	{"another history ends both servers", sharedReplaced},
 	{"a store that went back ends the server", sharedRolledBack},
-	{"without a confirmation there is no heartbeat", sharedUnconfirmed},
+	{"without a confirmation there is no heartbeat and nothing to read", sharedUnconfirmed},
 }
 
 // pair is two servers over one store.
@@ -315,7 +315,9 @@ func sharedUnconfirmed(t *testing.T, p *pair) {
 	deps := p.deps(0)
 	cut := make(chan struct{})
 	deps.Store = cutOff{p.stores[0], cut}
-	c := &client{t, Run(t, deps)}
+	server := Run(t, deps)
+	c := &client{t, server}
+	c.apply(user("u"))
 	w := c.watch(sallyport.WatchRequest{})
 	w.snapshot()
 	w.until(isType(sallyport.WatchHeartbeat))
@@ -324,6 +326,12 @@ func sharedUnconfirmed(t *testing.T, p *pair) {
 		err := c.Watch(t.Context(), sallyport.WatchRequest{}, func(sallyport.WatchEvent) error { return errFollowed })
 		return sallyport.CodeOf(err) == "storage.not_current"
 	})
+	_, err := c.Get(t.Context(), sallyport.KindUser, "u")
+	for what, err := range map[string]error{"get": err, "ready": server.Ready()} {
+		if sallyport.CodeOf(err) != "storage.not_current" {
+			t.Errorf("%s: got %v; want storage.not_current", what, err)
+		}
+	}
 	for { // what was sent before
 		select {
 		case <-w.events:
