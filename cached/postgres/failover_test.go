@@ -299,8 +299,8 @@ func TestCase_L12_ACutOffPrimaryCannotConfirm(t *testing.T) {
 	if _, err := fresh.Get(t.Context(), sallyport.KindRecord, "after"); err != nil {
 		t.Errorf("got %v; want what was written after the failover", err)
 	}
-	if watches(t, stuck) || stuck.Ready() != nil {
-		t.Errorf("the server on the old primary: %v; want it waiting", stuck.Ready())
+	if code := sallyport.CodeOf(stuck.Ready()); watches(t, stuck) || code != "storage.not_current" {
+		t.Errorf("got %q from the server on the old primary; want it waiting, as storage.not_current", code)
 	}
 	// A server that starts now is not taken in, either.
 	if s, err := postgres.Open(t.Context(), of(t, primary, primary.URL(db))); err == nil {
