@@ -44,8 +44,7 @@ var faults = []fault{
 		w.Daemon(name).Wait(10 * time.Second)
 	}, func(w *failing, name string) { w.StartDaemon(name) }, true, false},
 	{"frozen", func(w *failing, name string) {
-		w.Daemon(name).Signal(syscall.SIGSTOP)
-		w.Daemon(name).WaitFrozen()
+		w.Daemon(name).Freeze()
 	}, func(w *failing, name string) { w.Daemon(name).Signal(syscall.SIGCONT) }, true, false},
 	{"partitioned", func(w *failing, name string) { w.Link(name).Freeze() }, func(w *failing, name string) { w.Link(name).Heal() }, false, false},
 	{"slow", func(w *failing, name string) { w.Link(name).Delay(5 * time.Second) }, func(w *failing, name string) { w.Link(name).Heal() }, false, true},

@@ -547,7 +547,7 @@ func TestCase_M8_KillAny(t *testing.T) {
 		for _, name := range frozen() {
 			l.survives(t, name+" frozen", strings.HasPrefix(name, "gateway"), func() func() {
 				p := s.Daemon(name)
-				p.Signal(syscall.SIGSTOP)
+				p.Freeze()
 				return func() { p.Signal(syscall.SIGCONT) }
 			})
 		}

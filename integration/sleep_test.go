@@ -35,7 +35,7 @@ func asleep(t *testing.T, transport string, args ...string) (*world, *stack.Agen
 		}
 		return nil
 	})
-	tun.Signal(syscall.SIGSTOP)
+	tun.Freeze()
 	return w, a, tun
 }
 

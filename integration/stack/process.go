@@ -191,15 +191,23 @@ func (p *Process) Stderr() string { return p.stderr.String() }
 // Signal sends a signal, if it still runs.
 func (p *Process) Signal(sig syscall.Signal) { _ = p.cmd.Process.Signal(sig) }
 
-// WaitFrozen waits until a SIGSTOP has stopped all of it.
-func (p *Process) WaitFrozen() {
+// Freeze stops the process and returns once every thread of it stands still: a
+// signal takes its time, and until then it answers. SIGCONT lets it go on.
+func (p *Process) Freeze() {
 	p.t.Helper()
+	p.Signal(syscall.SIGSTOP)
 	Eventually(p.t, 5*time.Second, func() error {
-		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Pid))
-		if err == nil && !strings.Contains(string(status), "State:\tT") {
-			err = errors.New("it still runs")
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", p.Pid))
+		if err != nil || len(threads) == 0 {
+			return fmt.Errorf("process %d is gone: %v", p.Pid, err)
 		}
-		return err
+		for _, thread := range threads {
+			status, err := os.ReadFile(thread)
+			if err == nil && !strings.Contains(string(status), "State:\tT") {
+				return errors.New("it still runs")
+			}
+		}
+		return nil
 	})
 }
 
