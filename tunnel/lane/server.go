@@ -37,9 +37,10 @@ const (
 	// headTimeout is how long a head may take from its first byte on.
 	headTimeout = 10 * time.Second
 	// refusedWarm is how long a connection that was not admitted may wait for its
-	// request. What refused it may be over by then, and a client that keeps it warm
-	// would meet the old refusal: the end of the connection tells it to dial anew.
+	// request. The end of the connection tells a client that keeps it warm to dial anew.
 	refusedWarm = time.Second
+	// atOnce is how much older than its request a refusal may be.
+	atOnce = 5 * time.Millisecond
 	// bodyTimeout is how long the body of a /v1 request may take.
 	bodyTimeout = 30 * time.Second
 )
@@ -89,15 +90,20 @@ func (s *Server) ServeConn(ctx context.Context, c *tls.Conn) {
 	stop := context.AfterFunc(ctx, sc.abort)
 	defer stop()
 
-	released, err := s.cfg.Handler.Admit(ctx, sc)
-	if err != nil {
-		s.turnAway(sc, tunnel.AdmitRefusal(err))
+	released, first, admitted := s.admit(ctx, sc)
+	if !admitted {
 		return
 	}
 	if released != nil {
 		defer released()
 	}
-	s.serveRequest(ctx, sc)
+	if first == nil {
+		var ok bool
+		if first, ok = s.await(sc); !ok {
+			return
+		}
+	}
+	s.serveRequest(ctx, sc, *first)
 }
 
 // peerOf completes the handshake. It is a function of its own so that its part of
@@ -115,26 +121,47 @@ func (s *Server) peerOf(ctx context.Context, c *tls.Conn) (tunnel.Peer, error) {
 	return tunnel.PeerOf(state, s.cfg.Domain, s.host, NextProto, Name)
 }
 
-// turnAway answers the first request of a connection that was not admitted,
-// whatever it is, with the refusal.
-func (s *Server) turnAway(c *serverConn, refusal *sallyport.Error) {
-	c.tls.SetReadDeadline(time.Now().Add(refusedWarm))
-	if _, err := readHead(c.tls, func() { c.tls.SetReadDeadline(time.Now().Add(headTimeout)) }); err != nil {
-		return
+// admit has the handler let the connection in. A refusal is told in answer to the
+// first request, whatever that is. If it comes later than at once, the handler is
+// asked again: what could not be decided then perhaps can be now. first is the request
+// if it was read here. A connection that is not admitted needs nothing more.
+func (s *Server) admit(ctx context.Context, c *serverConn) (released func(), first *head, admitted bool) {
+	released, err := s.cfg.Handler.Admit(ctx, c)
+	if err == nil {
+		return released, nil, true
+	}
+	refused, asked := time.Now(), time.Time{}
+	c.tls.SetReadDeadline(refused.Add(refusedWarm))
+	h, broken := readHead(c.tls, func() {
+		asked = time.Now()
+		c.tls.SetReadDeadline(asked.Add(headTimeout))
+	})
+	if broken != nil {
+		return nil, nil, false
+	}
+	refusal := tunnel.AdmitRefusal(err)
+	if refusal.Outcome == sallyport.OutcomeUnavailable && asked.Sub(refused) > atOnce {
+		if released, err = s.cfg.Handler.Admit(ctx, c); err == nil {
+			return released, &h, true
+		}
+		refusal = tunnel.AdmitRefusal(err)
 	}
 	c.refuse(refusal)
+	return nil, nil, false
 }
 
-func (s *Server) serveRequest(ctx context.Context, c *serverConn) {
+// await waits for the request of a connection that was admitted. ok is false if there
+// is none to be served.
+func (s *Server) await(c *serverConn) (h *head, ok bool) {
 	c.tls.SetReadDeadline(time.Now().Add(warmTimeout))
-	h, err := readHead(c.tls, func() { c.tls.SetReadDeadline(time.Now().Add(headTimeout)) })
-	switch {
-	case errors.Is(err, errBadHead), errors.Is(err, errHeadTooLarge):
+	first, err := readHead(c.tls, func() { c.tls.SetReadDeadline(time.Now().Add(headTimeout)) })
+	if errors.Is(err, errBadHead) || errors.Is(err, errHeadTooLarge) {
 		c.refuse(tunnel.BadRequest(err))
-		return
-	case err != nil:
-		return // it was never used, or went away
 	}
+	return &first, err == nil // else it was never used, or went away
+}
+
+func (s *Server) serveRequest(ctx context.Context, c *serverConn, h head) {
 	c.tls.SetReadDeadline(time.Time{})
 	method, target, err := requestLine(h)
 	if err != nil {

@@ -206,6 +206,29 @@ func TestCase_M1_RefusedConnectionsDoNotWait(t *testing.T) {
 	}
 }
 
+// A connection that was refused while policyd was down is asked about again if its
+// request comes after policyd's return; what has been decided stays decided.
+func TestCase_M1_ARefusalIsNoOlderThanItsRequest(t *testing.T) {
+	const request = "CONNECT echo.test:1 HTTP/1.1\r\nHost: echo.test:1\r\n\r\n"
+	for code, want := range map[uint64]string{connect.CodePolicyStale: "HTTP/1.1 200 ", connect.CodeSessionRevoked: "HTTP/1.1 401 "} {
+		w := newWire(t)
+		refused := make(chan struct{}, 1)
+		w.gateway.Refuse(func(tunnel.Peer) error {
+			refused <- struct{}{}
+			return &tunnel.AdmitError{Code: code, Reason: "not now"}
+		})
+		c := w.dial(t)
+		<-refused
+		w.gateway.Refuse(nil)
+		<-time.After(50 * time.Millisecond)
+		io.WriteString(c, request)
+		got := make([]byte, len(want))
+		if _, err := io.ReadFull(c, got); err != nil || string(got) != want {
+			t.Errorf("after %#x: %q, %v; want %q", code, got, err, want)
+		}
+	}
+}
+
 // stalled answers /v1 requests with more than a client that does not read takes.
 type stalled struct {
 	*tunneltest.Gateway
