@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -12,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/chromedp/cdproto/target"
 	"github.com/chromedp/chromedp"
 	"github.com/chromedp/chromedp/remote"
 
@@ -150,7 +152,7 @@ exec %[2]s --headless --no-sandbox --disable-gpu --disable-quic --no-first-run -
 		}
 		return nil
 	})
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	t.Cleanup(cancel)
 	ctx, cancel = remote.NewAllocator(ctx, "ws://127.0.0.1:"+port+path)
 	t.Cleanup(cancel)
@@ -181,57 +183,73 @@ func endBrowser(t *testing.T, dir string) {
 
 // tab is the page that a person sees.
 type tab struct {
-	t   *testing.T
-	ctx context.Context
+	t       *testing.T
+	browser context.Context
+	id      target.ID
+	ctx     context.Context // of the debugger's session with the tab
+	leave   func()          // ends it
 }
 
-// attach finds the tab that the browser opened with the login page.
-func attach(t *testing.T, browser context.Context) *tab {
+// attach finds the tab that the browser opened with the login page, once it is there:
+// every step on the way takes the last page's script context away.
+func attach(t *testing.T, allocated context.Context) *tab {
 	t.Helper()
-	browser, cancel := chromedp.NewContext(browser)
+	browser, cancel := chromedp.NewContext(allocated)
 	t.Cleanup(cancel)
-	var ctx context.Context
-	stack.Eventually(t, 20*time.Second, func() error {
+	b := &tab{t: t, browser: browser}
+	stack.Eventually(t, 30*time.Second, func() error {
 		all, err := chromedp.Targets(browser)
-		if err != nil {
-			return err
-		}
-		for _, target := range all {
-			if target.Type == "page" && strings.HasPrefix(target.URL, "https://auth.localhost:") {
-				ctx, cancel = chromedp.NewContext(browser, chromedp.WithTargetID(target.TargetID))
+		for _, page := range all {
+			if at, err := url.Parse(page.URL); page.Type == "page" && err == nil && at.Hostname() == "auth.localhost" && at.Path == "/idp/login" {
+				b.id = page.TargetID
 				return nil
 			}
 		}
-		return fmt.Errorf("no tab with a page of authd")
+		return errors.Join(errors.New("no tab with the login page"), err)
 	})
-	t.Cleanup(cancel)
-	// It is still on its way to the login page, and every step of that takes the
-	// last page's script context away.
+	b.attach()
+	t.Cleanup(func() { b.leave() })
 	stack.Eventually(t, 20*time.Second, func() error {
-		state, err := chromedp.Run(ctx, chromedp.Evaluate[string](`location.pathname + " " + document.readyState`))
-		if err == nil && state != "/idp/login complete" {
-			err = fmt.Errorf("the browser is at %s", state)
+		state, err := chromedp.Run(b.ctx, chromedp.Evaluate[string](`document.readyState`))
+		if err == nil && state != "complete" {
+			err = fmt.Errorf("the login page is %s", state)
 		}
 		return err
 	})
-	return &tab{t, ctx}
+	return b
 }
 
-// do carries out steps. The debugger sometimes loses one on a page that has only just
-// come and then waits for good; nothing has been sent by then, so it may begin again.
+// attach begins a session of the debugger with the tab, which lasts as long as the
+// context of its first command.
+func (b *tab) attach() {
+	b.t.Helper()
+	b.ctx, b.leave = chromedp.NewContext(b.browser, chromedp.WithTargetID(b.id), chromedp.WithDetachOnCancel())
+	if _, err := chromedp.Run(b.ctx, chromedp.Location()); err != nil {
+		b.t.Fatalf("no session with the browser's tab: %v", err)
+	}
+}
+
+// do carries out steps. A session of the debugger that hears of a page while it asks
+// for it never learns its document, and waits for good; nothing has been sent by then,
+// so that the step may begin again in a new session.
 func (b *tab) do(steps ...chromedp.Action[chromedp.Void]) {
 	b.t.Helper()
-	var err error
-	for range 3 {
-		ctx, cancel := context.WithTimeout(b.ctx, 15*time.Second)
-		err = chromedp.Do(ctx, steps...)
-		cancel()
-		if !errors.Is(err, context.DeadlineExceeded) {
-			break
+	for i, step := range steps {
+		var err error
+		for range 3 {
+			ctx, cancel := context.WithTimeout(b.ctx, 15*time.Second)
+			err = chromedp.Do(ctx, step)
+			cancel()
+			if !errors.Is(err, context.DeadlineExceeded) {
+				break
+			}
+			b.t.Logf("step %d waited in vain at %s", i+1, b.where())
+			b.leave()
+			b.attach()
 		}
-	}
-	if err != nil {
-		b.t.Fatalf("in the browser, at %s: %v", b.where(), err)
+		if err != nil {
+			b.t.Fatalf("in the browser, at %s, step %d: %v", b.where(), i+1, err)
+		}
 	}
 }
 
