@@ -103,18 +103,28 @@ func Serve(ctx context.Context, name, file string, stdout, stderr io.Writer, sta
 		p.Go("reload", p.watch(file))
 		err = p.group.Wait()
 	} else {
-		p.abandon()
+		err = p.abandon(ctx, err)
 	}
 	return errors.Join(ignoreEnd(err), p.close())
 }
 
-// abandon ends what a failed start had begun.
-func (p *Process) abandon() {
+// abandon ends what a failed start had begun, and returns why it failed: a part that
+// ended before it says more than what the start met for lack of that part. Who was
+// told to end meanwhile, by the end of told, has not failed.
+func (p *Process) abandon(told context.Context, cause error) error {
 	p.group.Go(func() error { return context.Canceled })
+	<-p.ctx.Done()
 	for _, c := range p.opened {
 		c.Close() // the start's own error is the one to tell
 	}
-	_ = p.group.Wait()
+	part := p.group.Wait()
+	switch {
+	case told.Err() != nil:
+		return nil
+	case !errors.Is(part, context.Canceled):
+		return part
+	}
+	return cause
 }
 
 func ignoreEnd(err error) error {

@@ -157,6 +157,25 @@ func TestPartsAreAllNeeded(t *testing.T) {
 	}
 }
 
+// A start that meets the end of the process has not failed, and one that fails for want
+// of a part that ended before tells why that part did.
+func TestAStartThatIsCutShort(t *testing.T) {
+	closed := errors.New("the store is shutting down")
+	waits := func(p *Process) error { <-p.Context().Done(); return closed }
+	d := start(t, waits)
+	d.cancel()
+	if err := d.end(); err != nil {
+		t.Errorf("told to end: got %v; want no error", err)
+	}
+	d = start(t, func(p *Process) error {
+		p.Go("store", func(context.Context) error { return errors.New("the disk is gone") })
+		return waits(p)
+	})
+	if err := d.end(); err == nil || err.Error() != "store: the disk is gone" {
+		t.Errorf("a part had failed: got %v; want what it said", err)
+	}
+}
+
 // TestCase_J4_NothingHalfStarted: what a failed start had opened is closed.
 func TestCase_J4_NothingHalfStarted(t *testing.T) {
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
