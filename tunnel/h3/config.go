@@ -31,6 +31,12 @@ const (
 	maxIncomingStreams  = 4096      // quic-go's 100 makes the 101st flow wait silently
 	maxIncomingControls = 16
 
+	// idLength is the length of a server's connection IDs in bytes, the longest there
+	// is (RFC 9000, section 17.2). quic-go answers only packets of more than 42 bytes
+	// with a stateless reset; with its IDs of 4 bytes a small CONNECT and what a silent
+	// client sends are shorter, and a client would wait for a killed gateway that is
+	// back until idleTimeout.
+	idLength = 20
 	// freeHandshakes a second pass without address validation; above it a client
 	// needs a Retry round trip, and a spoofed one costs no state.
 	freeHandshakes = 200

@@ -87,6 +87,7 @@ func (s *Server) Serve(ctx context.Context, pc net.PacketConn) error {
 	transport := &quic.Transport{
 		Conn:                batched(pc),
 		StatelessResetKey:   &resetKey,
+		ConnectionIDLength:  idLength,
 		VerifySourceAddress: func(net.Addr) bool { return !limiter.Allow() },
 	}
 	defer transport.Close()
