@@ -33,9 +33,9 @@ const (
 
 	// idLength is the length of a server's connection IDs in bytes, the longest there
 	// is (RFC 9000, section 17.2). quic-go answers only packets of more than 42 bytes
-	// with a stateless reset; with its IDs of 4 bytes a small CONNECT and what a silent
-	// client sends are shorter, and a client would wait for a killed gateway that is
-	// back until idleTimeout.
+	// with a stateless reset; with its IDs of 4 bytes a CONNECT may be shorter, and a
+	// client would wait for a killed gateway that is back until idleTimeout. A
+	// keepalive has 41 bytes, still.
 	idLength = 20
 	// freeHandshakes a second pass without address validation; above it a client
 	// needs a Retry round trip, and a spoofed one costs no state.
